@@ -1,0 +1,122 @@
+"""The two doors behind which engines stand: something that samples, something that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from rlef.records import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to draw a response. `temperature` 0 means the most probable token."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One response to sample, after `token_ids`.
+
+    `stream` keys the random numbers: the uniform for the token at absolute position p of the dialog is a
+    function of (seed, stream, p) alone, so a response does not depend on what it was batched with.
+    """
+
+    stream: int
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """A sampled continuation. It ends with the end-of-turn token unless `finish_reason` is "length"."""
+
+    token_ids: list[int]  # [response tokens]
+    logprobs: list[float]  # [response tokens] after temperature and top-p
+    finish_reason: str  # "stop" or "length"
+    version: int  # of the weights that sampled it
+
+
+class Sampler(Protocol):
+    """Decodes with the policy's weights. Token ids in, token ids out."""
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        """Responses in the order of `requests`."""
+        ...
+
+    def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the weights; names and shapes are those of the Hugging Face checkpoint."""
+        ...
+
+
+LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
+"""(outputs, index of the micro-batch) -> (summed loss, statistics).
+
+`outputs` are a policy's logits `[tokens, vocab / tensor parallel size]` or a value network's values `[values]`.
+The loss must already be divided by whatever it is normalised by over the *whole* update (all micro-batches, all
+data-parallel ranks): engines add micro-batches and ranks up and divide by nothing. Statistics are added up in the
+same way, except those whose name ends in `_max`, of which the largest is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateStats:
+    """The outcome of one optimiser step, equal on every rank."""
+
+    statistics: dict[str, float]
+    grad_norm: float  # before clipping
+    learning_rate: float
+    skipped: bool  # the gradient was not finite, so the weights did not move
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelState:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    data_parallel_group: ProcessGroup | None  # None when there is one process
+    tensor_parallel_group: ProcessGroup | None  # None when the vocabulary is not split
+
+
+class Network(Protocol):
+    """One trainable (or frozen) network. Micro-batches are this data-parallel rank's own."""
+
+    def forward(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
+        """No gradient. A policy: log-prob of each token `[tokens]`, 0 outside the response mask.
+
+        A value network: `[values]`. On every rank of the model-parallel group, float32.
+        """
+        ...
+
+    def update(self, micro_batches: Sequence[Batch], loss: LossFunction) -> UpdateStats:
+        """Forward, backward, all-reduce, clip, one optimiser step."""
+        ...
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """The whole weights under Hugging Face names, on every rank (collective)."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """This rank's shard: weights, optimiser and schedule, to continue bit for bit."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Networks:
+    """What an engine builds: the learning policy, its frozen start, and the value network."""
+
+    policy: Network
+    reference: Network
+    value: Network
+    parallel: ParallelState

@@ -1,0 +1,143 @@
+"""The types that cross files. Everything else stays inside the file that made it.
+
+They are named in the order in which data meets them: Problem, Turn, Episode, Batch, StepStats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from rlef_sandbox import Result, Test
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One programming task. Public tests feed the dialog, private tests only the reward."""
+
+    id: str
+    statement: str
+    public_tests: tuple[Test, ...]
+    private_tests: tuple[Test, ...]
+    time_limit_s: float
+    memory_limit_bytes: int
+    source: str
+    solutions: tuple[str, ...] = ()
+
+
+class TurnOutcome(StrEnum):
+    """What the public tests said about one response, the worst news first."""
+
+    NO_CODE = "no_code"
+    SYNTAX_ERROR = "syntax_error"
+    EXCEPTION = "exception"
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "out_of_memory"
+    OUTPUT_LIMIT = "output_limit"
+    SECURITY = "security"
+    WRONG_OUTPUT = "wrong_output"
+    PASSED = "passed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One response of the policy and what execution said about it."""
+
+    start: int  # index in Episode.token_ids of the response's first token
+    end: int  # one past the response's last token, the end-of-turn token included
+    finish_reason: str  # "stop" or "length"
+    code: str | None  # None when no program could be found in the response
+    outcome: TurnOutcome
+    public_results: tuple[Result, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """One problem, attempted until its public tests pass or the turns run out."""
+
+    problem_id: str
+    number: int  # unique in a run: the sampler's random stream is keyed by it
+    token_ids: list[int]  # [tokens] prompt, responses and feedback, in order; never re-tokenised
+    sampled: list[bool]  # [tokens] True where the policy chose the token
+    logprobs: list[float]  # [tokens] under the distribution that sampled it; 0.0 elsewhere
+    versions: list[int]  # [tokens] weights version that sampled it; -1 elsewhere
+    turns: tuple[Turn, ...]
+    solved: bool  # the last code passed every test, public and private
+    rewards: tuple[float, ...] = ()  # [turns] environment reward, without the KL term
+
+    @property
+    def passed_public(self) -> bool:
+        return self.turns[-1].outcome is TurnOutcome.PASSED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Episodes packed end to end: what one forward pass of a policy or value network takes.
+
+    `tokens`, `sequences`, `turns` and `values` are counts over the whole pack. A *value* is one
+    reading of the value network: one per turn (the paper), or one per response token (ablation).
+    Everything per token is aligned with the token itself, not with the position that predicts it.
+    """
+
+    token_ids: Tensor  # [tokens] int64
+    position_ids: Tensor  # [tokens] int64, restarting at 0 in every sequence
+    cu_seqlens: Tensor  # [sequences + 1] int32
+    response_mask: Tensor  # [tokens] bool, True where the policy chose the token
+    behaviour_logprobs: Tensor  # [tokens] float32, 0 outside the response mask
+    token_turns: Tensor  # [tokens] int64, the turn that a response token belongs to; -1 elsewhere
+    token_values: Tensor  # [tokens] int64, the value whose advantage it takes; -1 elsewhere
+    value_positions: Tensor  # [values] int64, the packed index at which the value is read
+    value_turns: Tensor  # [values] int64
+    turn_rewards: Tensor  # [turns] float32, environment reward
+    turn_sequences: Tensor  # [turns] int64, the sequence of each turn, ascending
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def num_turns(self) -> int:
+        return self.turn_rewards.shape[0]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_mask.sum())
+
+    @property
+    def max_seqlen(self) -> int:
+        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{name: getattr(self, name).to(device) for name in self.__slots__})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The shape of a Llama decoder, under the names of its Hugging Face `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """What one training step reports; one line of `metrics.jsonl`."""
+
+    step: int
+    metrics: dict[str, float]

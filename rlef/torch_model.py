@@ -1,0 +1,143 @@
+"""A Llama decoder in plain torch: the twin that Megatron's numbers are tested against, and what `rlef pretrain` trains.
+
+Parameter names are those of the Hugging Face checkpoint, so the state dict of a language model *is* the checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlef.attention import packed_attention
+from rlef.records import ModelShape
+
+
+def rotary_tables(shape: ModelShape, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for positions 0 to length - 1, each `[length, head_dim]`, halves repeated as Llama has them."""
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), shape.rope_theta**-exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding of `[..., head_dim]` with tables that broadcast against it."""
+    half = states.shape[-1] // 2
+    return states * cosine + torch.cat([-states[..., half:], states[..., :half]], dim=-1) * sine
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.shape = shape
+        width = shape.num_attention_heads * shape.head_dim
+        key_value_width = shape.num_key_value_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, key_value_width, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, key_value_width, bias=False)
+        self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, cosine: Tensor, sine: Tensor, cu_seqlens: Tensor) -> Tensor:
+        head_dim = self.shape.head_dim
+        query = self.q_proj(hidden).unflatten(-1, (-1, head_dim))  # [tokens, heads, head_dim]
+        key = self.k_proj(hidden).unflatten(-1, (-1, head_dim))  # [tokens, key_value_heads, head_dim]
+        value = self.v_proj(hidden).unflatten(-1, (-1, head_dim))
+        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        attended = packed_attention(query, key, value, cu_seqlens)  # [tokens, heads, head_dim]
+        output: Tensor = self.o_proj(attended.flatten(-2))
+        return output
+
+
+class FeedForward(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output
+
+
+class Layer(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.self_attn = Attention(shape)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.mlp = FeedForward(shape)
+
+    def forward(self, hidden: Tensor, cosine: Tensor, sine: Tensor, cu_seqlens: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cosine, sine, cu_seqlens)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Decoder(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
+        self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+
+
+class LlamaModel(nn.Module):
+    """The decoder with a language-model head (`head="logits"`) or a scalar value head (`head="value"`).
+
+    The value head is a fresh linear layer without bias that starts at zero (PAPER: "value head: a fresh linear layer"),
+    so the first advantages are the plain returns.
+    """
+
+    def __init__(self, shape: ModelShape, head: str = "logits") -> None:
+        super().__init__()
+        self.shape = shape
+        self.head = head
+        self.model = Decoder(shape)
+        if head == "value":
+            self.value_head = nn.Linear(shape.hidden_size, 1, bias=False)
+            nn.init.zeros_(self.value_head.weight)
+        elif not shape.tie_word_embeddings:
+            self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        cosine, sine = rotary_tables(shape, shape.max_position_embeddings)
+        self.register_buffer("cosine", cosine, persistent=False)  # [positions, head_dim]
+        self.register_buffer("sine", sine, persistent=False)
+
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits `[tokens, vocab]`, or values `[tokens]`, of packed sequences.
+
+        `token_ids` and `position_ids` are `[tokens]` int64, `cu_seqlens` `[sequences + 1]` int32.
+        """
+        hidden = self.model.embed_tokens(token_ids)  # [tokens, hidden]
+        cosine = self.cosine[position_ids][:, None]  # [tokens, 1, head_dim]
+        sine = self.sine[position_ids][:, None]
+        for layer in self.model.layers:
+            hidden = layer(hidden, cosine, sine, cu_seqlens)
+        hidden = self.model.norm(hidden)
+        if self.head == "value":
+            values: Tensor = self.value_head(hidden)[:, 0].float()
+            return values
+        weight = self.model.embed_tokens.weight if self.shape.tie_word_embeddings else self.lm_head.weight
+        return functional.linear(hidden, weight)
+
+    def load_named(self, weights: dict[str, Tensor]) -> None:
+        """Copy a language model's weights in; a value network takes all but the head that it lacks."""
+        wanted = set(self.state_dict())
+        skipped = {"lm_head.weight"} if self.head == "value" or self.shape.tie_word_embeddings else set()
+        fresh = {"value_head.weight"} - set(weights)
+        missing, unexpected = wanted - set(weights) - fresh, set(weights) - wanted - skipped
+        if missing or unexpected:
+            raise ValueError(
+                f"weights do not fit the model: missing {sorted(missing)}, unexpected {sorted(unexpected)}"
+            )
+        self.load_state_dict({name: weights[name] for name in wanted & set(weights)}, strict=False)
+
+
+def initialise(model: LlamaModel, *, seed: int) -> None:
+    """Normal(0, 0.02) matrices, residual outputs scaled down by the depth, from a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = 0.02 / (2 * model.shape.num_hidden_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and name != "value_head.weight":
+            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            nn.init.normal_(parameter, std=std, generator=generator)

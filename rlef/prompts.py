@@ -1,0 +1,218 @@
+"""The dialog: text to token ids and back. Templates, code extraction, feedback and truncation.
+
+PAPER section 1 fixes what is said and when; the words are ours. Token ids are appended and never re-tokenised: the
+prompt, each response and each feedback message are encoded once, on their own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from rlef.config import ConfigError, RolloutConfig
+from rlef.records import TurnOutcome
+from rlef_sandbox import Result, Test, Verdict
+
+FORMAT_REQUEST = "\nPut your program between ```python and ``` and use backticks for nothing else."
+FEEDBACK_OPENING = "Your code failed these tests:"
+NO_CODE_FEEDBACK = "No program could be found in your answer."
+UNTOLD_FEEDBACK = "Your code failed."
+TRY_AGAIN = "\nGive it another try."
+INPUT_HEADING = "\n- input:\n"
+EXPECTED_HEADING = "\nexpected output:\n"
+OUTPUT_HEADING = "\nyour output:\n"
+TRACE_HEADING = "\nit raised:\n"
+TIMEOUT_REMARK = "\nit took too long."
+MEMORY_REMARK = "\nit ran out of memory."
+OUTPUT_LIMIT_REMARK = "\nit printed too much."
+SECURITY_REMARK = "\nit tried something that is not allowed."
+CUT_MARK = "..."
+FENCE_OPEN = "```python\n"
+FENCE_CLOSE = "```"
+
+TEMPLATE_TEXTS = (
+    FORMAT_REQUEST,
+    FEEDBACK_OPENING,
+    NO_CODE_FEEDBACK,
+    UNTOLD_FEEDBACK,
+    TRY_AGAIN,
+    INPUT_HEADING,
+    EXPECTED_HEADING,
+    OUTPUT_HEADING,
+    TRACE_HEADING,
+    TIMEOUT_REMARK,
+    MEMORY_REMARK,
+    OUTPUT_LIMIT_REMARK,
+    SECURITY_REMARK,
+    FENCE_OPEN,
+    FENCE_CLOSE,
+)
+
+_PYTHON_BLOCK = re.compile(r"```(?:python|py)[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_ANY_BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+_OUTCOME_OF_VERDICT = {
+    Verdict.WRONG_OUTPUT: TurnOutcome.WRONG_OUTPUT,
+    Verdict.EXCEPTION: TurnOutcome.EXCEPTION,
+    Verdict.TIMEOUT: TurnOutcome.TIMEOUT,
+    Verdict.OUT_OF_MEMORY: TurnOutcome.OUT_OF_MEMORY,
+    Verdict.OUTPUT_LIMIT: TurnOutcome.OUTPUT_LIMIT,
+    Verdict.SYNTAX_ERROR: TurnOutcome.SYNTAX_ERROR,
+    Verdict.SECURITY: TurnOutcome.SECURITY,
+}
+_REMARKS = {
+    Verdict.TIMEOUT: TIMEOUT_REMARK,
+    Verdict.OUT_OF_MEMORY: MEMORY_REMARK,
+    Verdict.OUTPUT_LIMIT: OUTPUT_LIMIT_REMARK,
+    Verdict.SECURITY: SECURITY_REMARK,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedTest:
+    """What feedback tells about one failing public test."""
+
+    test: Test
+    result: Result
+
+
+def extract_code(response: str) -> str | None:
+    """The first block marked python or py, else the first fenced block, else None (PAPER section 1)."""
+    match = _PYTHON_BLOCK.search(response) or _ANY_BLOCK.search(response)
+    return match.group(1) if match else None
+
+
+def turn_outcome(code: str | None, results: Sequence[Result]) -> TurnOutcome:
+    """One word for a turn: passed, or the verdict of the first failing public test."""
+    if code is None:
+        return TurnOutcome.NO_CODE
+    for result in results:
+        if result.verdict is not Verdict.PASSED:
+            return _OUTCOME_OF_VERDICT[result.verdict]
+    return TurnOutcome.PASSED
+
+
+def prompt_text(statement: str) -> str:
+    """The first user message."""
+    return statement + FORMAT_REQUEST
+
+
+def feedback_text(failed: Sequence[FailedTest], *, max_test_characters: int) -> str:
+    """The user message after a failed turn: one bullet per failing public test."""
+    bullets = [_bullet(item, max_test_characters) for item in failed]
+    return "".join([FEEDBACK_OPENING, *bullets, TRY_AGAIN, FORMAT_REQUEST])
+
+
+def no_code_text() -> str:
+    """The user message after a response in which no program could be found."""
+    return NO_CODE_FEEDBACK + TRY_AGAIN + FORMAT_REQUEST
+
+
+def untold_text() -> str:
+    """The user message of the no-feedback ablation: that it failed, and nothing else."""
+    return UNTOLD_FEEDBACK + TRY_AGAIN + FORMAT_REQUEST
+
+
+def shorten_trace(trace: str, *, max_characters: int) -> str:
+    """A traceback within `max_characters`: its first line and as many of its last lines as fit."""
+    trace = trace.strip("\n")
+    if len(trace) <= max_characters:
+        return trace
+    first, *rest = trace.split("\n")
+    kept: list[str] = []
+    room = max_characters - len(first) - len(CUT_MARK) - 2
+    for line in reversed(rest):
+        if len(line) + 1 > room:
+            break
+        room -= len(line) + 1
+        kept.insert(0, line)
+    if not kept:
+        return CUT_MARK + trace[-(max_characters - len(CUT_MARK)) :]
+    return "\n".join([first, CUT_MARK, *kept])
+
+
+def _bullet(item: FailedTest, max_characters: int) -> str:
+    pieces = [INPUT_HEADING, _cut(item.test.input, max_characters)]
+    verdict = item.result.verdict
+    if verdict in _REMARKS:
+        pieces.append(_REMARKS[verdict])
+    elif verdict is Verdict.WRONG_OUTPUT:
+        pieces += [EXPECTED_HEADING, _cut(item.test.expected_output, max_characters)]
+        pieces += [OUTPUT_HEADING, _cut(item.result.stdout, max_characters)]
+    else:
+        pieces += [TRACE_HEADING, shorten_trace(item.result.stderr, max_characters=max_characters)]
+    return "".join(pieces)
+
+
+def _cut(text: str, max_characters: int) -> str:
+    text = text.rstrip("\n")
+    return text if len(text) <= max_characters else text[:max_characters] + CUT_MARK
+
+
+class Dialog:
+    """A tokenizer with its role markers: builds the token ids of a dialog, piece by piece."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: RolloutConfig, *, user: str, assistant: str, end: str) -> None:
+        tokenizer.encode_special_tokens = True  # a statement or an output that spells a role marker stays text
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._user_id = self._marker(user)
+        self._assistant_id = self._marker(assistant)
+        self.end_token_id = self._marker(end)
+        self._cut_ids = self._encode(CUT_MARK)
+
+    @classmethod
+    def read(cls, folder: Path, settings: RolloutConfig) -> Dialog:
+        """From `tokenizer.json` and `dialog.json` (the role markers) of a model folder."""
+        try:
+            tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text())
+            markers = json.loads((folder / "dialog.json").read_text())
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"model.path: {error.filename} is missing; a model folder needs tokenizer.json and dialog.json"
+            ) from None
+        return cls(tokenizer, settings, **markers)
+
+    def prompt(self, statement: str) -> list[int]:
+        """Token ids of the first message, cut on the left to `max_prompt_tokens`."""
+        return [self._user_id, *self._encode(prompt_text(statement))[-self._room_for_prompt :], self._assistant_id]
+
+    def feedback(self, text: str) -> list[int]:
+        """Token ids of a feedback message, cut on the right, and marked, to `max_feedback_tokens`."""
+        ids = self._encode(text)
+        room = self._settings.max_feedback_tokens - 2
+        if len(ids) > room:
+            ids = ids[: room - len(self._cut_ids)] + self._cut_ids
+        return [self._user_id, *ids, self._assistant_id]
+
+    def close(self, response_ids: Sequence[int]) -> list[int]:
+        """What must be appended so that the response ends with the end-of-turn token."""
+        return [] if response_ids and response_ids[-1] == self.end_token_id else [self.end_token_id]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a response, without the end-of-turn token."""
+        text: str = self._tokenizer.decode([i for i in token_ids if i != self.end_token_id], skip_special_tokens=False)
+        return text
+
+    def response(self, text: str) -> list[int]:
+        """Token ids of a whole response that ends its turn (for supervised dialogs)."""
+        return [*self._encode(text), self.end_token_id]
+
+    @property
+    def _room_for_prompt(self) -> int:
+        return self._settings.max_prompt_tokens - 2
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _marker(self, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ConfigError(f"dialog.json: the tokenizer has no token {token!r}; name one that it has")
+        return int(token_id)

@@ -1,0 +1,210 @@
+"""Episodes: sample a response, execute it on the public tests, feed the failures back, try again (PAPER section 1)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rlef import prompts
+from rlef.config import FeedbackKind, RolloutConfig
+from rlef.ports import Request, Response, Sampler, SamplingParams
+from rlef.prompts import Dialog, FailedTest
+from rlef.records import Episode, Problem, Turn, TurnOutcome
+from rlef_sandbox import Executor, Job, Limits, Result, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collection:
+    """Episodes in the order of the problems, and what it cost to collect them."""
+
+    episodes: list[Episode]
+    tests_run: int
+    sampling_s: float
+    executing_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """An episode under way."""
+
+    problem: Problem
+    number: int
+    token_ids: list[int]
+    sampled: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    solved: bool = False
+
+    def observe(self, token_ids: Sequence[int]) -> None:
+        self.token_ids += token_ids
+        self.sampled += [False] * len(token_ids)
+        self.logprobs += [0.0] * len(token_ids)
+        self.versions += [-1] * len(token_ids)
+
+    def respond(self, response: Response) -> None:
+        self.token_ids += response.token_ids
+        self.sampled += [True] * len(response.token_ids)
+        self.logprobs += response.logprobs
+        self.versions += [response.version] * len(response.token_ids)
+
+    @property
+    def passed_public(self) -> bool:
+        return self.turns[-1].outcome is TurnOutcome.PASSED
+
+    def episode(self) -> Episode:
+        return Episode(
+            problem_id=self.problem.id,
+            number=self.number,
+            token_ids=self.token_ids,
+            sampled=self.sampled,
+            logprobs=self.logprobs,
+            versions=self.versions,
+            turns=tuple(self.turns),
+            solved=self.solved,
+        )
+
+
+def collect(
+    problems: Sequence[Problem],
+    *,
+    numbers: Sequence[int],
+    sampler: Sampler,
+    executor: Executor,
+    dialog: Dialog,
+    settings: RolloutConfig,
+    params: SamplingParams,
+    turns: int,
+    feedback: FeedbackKind,
+) -> Collection:
+    """One episode per problem; `numbers` key their random streams.
+
+    An episode ends when all public tests pass or `turns` responses are given; its last code is then judged on all
+    tests. A failure of the sandbox itself is raised (`SandboxFault`), never scored.
+    """
+    attempts = [_begin(problem, number, dialog) for problem, number in zip(problems, numbers, strict=True)]
+    sampling_s, executing_s, tests_run = 0.0, 0.0, 0
+    live = attempts
+    for turn in range(turns):
+        started = time.monotonic()
+        requests = [Request(stream=attempt.number, token_ids=attempt.token_ids) for attempt in live]
+        responses = sampler.generate(requests, params)
+        sampled = time.monotonic()
+        for attempt, response in zip(live, responses, strict=True):
+            attempt.respond(response)
+        all_results = _run_public_tests(live, responses, dialog, executor)
+        tests_run += sum(len(results) for results in all_results)
+        executing_s += time.monotonic() - sampled
+        sampling_s += sampled - started
+        live = [attempt for attempt in live if not attempt.passed_public]
+        if turn == turns - 1 or not live:
+            break
+        for attempt, text in zip(live, _messages(live, feedback, settings), strict=True):
+            attempt.observe(dialog.close(attempt.token_ids))
+            attempt.observe(dialog.feedback(text))
+    started = time.monotonic()
+    tests_run += _judge([attempt for attempt in attempts if attempt.passed_public], executor)
+    executing_s += time.monotonic() - started
+    return Collection(
+        episodes=[attempt.episode() for attempt in attempts],
+        tests_run=tests_run,
+        sampling_s=sampling_s,
+        executing_s=executing_s,
+    )
+
+
+def limits_of(problem: Problem) -> Limits:
+    """The problem's own limits. CPU time decides; the wall clock only stops what waits for ever."""
+    return Limits(
+        cpu_s=problem.time_limit_s,
+        wall_s=max(3 * problem.time_limit_s, problem.time_limit_s + 2),
+        memory_bytes=problem.memory_limit_bytes,
+    )
+
+
+def _begin(problem: Problem, number: int, dialog: Dialog) -> _Attempt:
+    attempt = _Attempt(problem, number, [])
+    attempt.observe(dialog.prompt(problem.statement))
+    return attempt
+
+
+def _run_public_tests(
+    attempts: Sequence[_Attempt], responses: Sequence[Response], dialog: Dialog, executor: Executor
+) -> list[list[Result]]:
+    """Append a turn to every attempt. A response without code runs nothing."""
+    codes = [prompts.extract_code(dialog.decode(response.token_ids)) for response in responses]
+    jobs = [
+        Job(code, attempt.problem.public_tests, limits=limits_of(attempt.problem))
+        for attempt, code in zip(attempts, codes, strict=True)
+        if code is not None
+    ]
+    executed = iter(executor.run_many(jobs))
+    all_results = [next(executed) if code is not None else [] for code in codes]
+    for attempt, response, code, results in zip(attempts, responses, codes, all_results, strict=True):
+        attempt.turns.append(
+            Turn(
+                start=len(attempt.token_ids) - len(response.token_ids),
+                end=len(attempt.token_ids),
+                finish_reason=response.finish_reason,
+                code=code,
+                outcome=prompts.turn_outcome(code, results),
+                public_results=tuple(results),
+            )
+        )
+    return all_results
+
+
+def _messages(attempts: Sequence[_Attempt], feedback: FeedbackKind, settings: RolloutConfig) -> list[str]:
+    """The feedback that each failed attempt is shown."""
+    if feedback == "none":
+        return [prompts.untold_text()] * len(attempts)
+    true = [_true_message(attempt, settings) for attempt in attempts]
+    if feedback == "true":
+        return true
+    return [_unrelated_message(index, attempts, true) for index in range(len(attempts))]
+
+
+def _true_message(attempt: _Attempt, settings: RolloutConfig) -> str:
+    turn = attempt.turns[-1]
+    if turn.code is None:
+        return prompts.no_code_text()
+    failed = [
+        FailedTest(test=test, result=result)
+        for test, result in zip(attempt.problem.public_tests, turn.public_results, strict=True)
+        if result.verdict is not Verdict.PASSED
+    ]
+    return prompts.feedback_text(failed, max_test_characters=settings.max_test_characters)
+
+
+def _unrelated_message(index: int, attempts: Sequence[_Attempt], messages: Sequence[str]) -> str:
+    """What execution said about a wrong program for another problem of this collection.
+
+    The neighbour that it is taken from is keyed by the episode's number. Where no other problem failed in this turn,
+    only the failure is told.
+    """
+    count = len(attempts)
+    offset = 1 + attempts[index].number % max(1, count - 1)
+    for step in range(count):
+        other = (index + offset + step) % count
+        if attempts[other].problem.id != attempts[index].problem.id:
+            return messages[other]
+    return prompts.untold_text()
+
+
+def _judge(attempts: Sequence[_Attempt], executor: Executor) -> int:
+    """Run the private tests of attempts whose public tests pass, up to the first failure; how many were run."""
+    jobs = [
+        Job(
+            attempt.turns[-1].code or "",
+            attempt.problem.private_tests,
+            limits=limits_of(attempt.problem),
+            stop_at_first_failure=True,
+        )
+        for attempt in attempts
+    ]
+    tests_run = 0
+    for attempt, results in zip(attempts, executor.run_many(jobs), strict=True):
+        attempt.solved = all(result.verdict is Verdict.PASSED for result in results)
+        tests_run += sum(result.verdict is not Verdict.SKIPPED for result in results)
+    return tests_run

@@ -1,0 +1,97 @@
+"""`ports.Network` in plain torch and one process: the obvious twin that the Megatron policy is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlef.config import OptimizerConfig
+from rlef.losses import token_logprobs
+from rlef.ports import LossFunction, UpdateStats
+from rlef.records import Batch
+from rlef.torch_model import LlamaModel
+
+
+class TorchNetwork:
+    """A `LlamaModel` with AdamW. Without `optimizer` it is frozen (the reference policy)."""
+
+    def __init__(self, model: LlamaModel, *, lr: float = 0.0, optimizer: OptimizerConfig | None = None) -> None:
+        self._model = model
+        self._settings = optimizer
+        self._lr = lr
+        self._updates = 0
+        if optimizer is not None:
+            matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+            vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+            groups = [
+                {"params": matrices, "weight_decay": optimizer.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ]
+            betas = (optimizer.beta1, optimizer.beta2)
+            self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=optimizer.eps)
+
+    @torch.no_grad()
+    def forward(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
+        return [self._score(batch) for batch in micro_batches]
+
+    def update(self, micro_batches: Sequence[Batch], loss: LossFunction) -> UpdateStats:
+        if self._settings is None:
+            raise ValueError("a frozen network cannot be updated; build it with an optimizer")
+        settings = self._settings
+        self._optimizer.zero_grad()
+        statistics: dict[str, Tensor] = {}
+        for index, batch in enumerate(micro_batches):
+            loss_sum, stats = loss(self._outputs(batch), index)
+            loss_sum.backward()
+            for name, value in stats.items():
+                _merge(statistics, name, value.detach().double())
+        parameters = list(self._model.parameters())
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
+        lr = self._lr * min(1.0, (self._updates + 1) / max(1, settings.warmup_updates))
+        skipped = not bool(torch.isfinite(grad_norm))
+        if not skipped:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._updates += 1
+        return UpdateStats(
+            statistics={name: float(value) for name, value in statistics.items()},
+            grad_norm=float(grad_norm),
+            learning_rate=lr,
+            skipped=skipped,
+        )
+
+    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        return [(name, tensor.detach()) for name, tensor in self._model.state_dict().items()]
+
+    def state_dict(self) -> Mapping[str, Any]:
+        state: dict[str, Any] = {"model": self._model.state_dict(), "updates": self._updates}
+        if self._settings is not None:
+            state["optimizer"] = self._optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._model.load_state_dict(state["model"])
+        self._updates = state["updates"]
+        if self._settings is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        outputs: Tensor = self._model(batch.token_ids, batch.position_ids, batch.cu_seqlens)
+        return outputs[batch.value_positions] if self._model.head == "value" else outputs
+
+    def _score(self, batch: Batch) -> Tensor:
+        outputs = self._outputs(batch)
+        return outputs if self._model.head == "value" else token_logprobs(outputs, batch)
+
+
+def _merge(statistics: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name not in statistics:
+        statistics[name] = value
+    elif name.endswith("_max"):
+        statistics[name] = torch.maximum(statistics[name], value)
+    else:
+        statistics[name] = statistics[name] + value

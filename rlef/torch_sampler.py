@@ -1,0 +1,245 @@
+"""The embedded sampler: batched decoding with a KV cache, in plain torch, of the policy's own weights.
+
+Requests wait in a queue for one of `slots` rows of the cache. A row is filled by one forward pass over its prompt, then
+grows by one token a step together with all other rows; when it finishes, the last row moves into its place, so that the
+rows in use are always the first ones and no step pays for empty slots.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from rlef.ports import Request, Response, SamplingParams
+from rlef.records import ModelShape
+from rlef.torch_model import rotary_tables, rotate
+
+_CACHE_GRANULE = 32  # attended lengths are rounded up to it
+
+
+def uniforms(seed: int, streams: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """One number in [0, 1) for each (seed, stream, position): a hash, so it needs no state. All `[rows]`."""
+    mixed = _splitmix64(np.uint64(seed) + np.zeros_like(streams))
+    mixed = _splitmix64(mixed ^ _splitmix64(streams + np.uint64(0x5851F42D4C957F2D)))
+    mixed = _splitmix64(mixed ^ _splitmix64(positions + np.uint64(0x14057B7EF767814F)))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+        state = state + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+
+def sampling_logprobs(logits: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """Log-probs `[rows, vocab]` of the distribution that is sampled from: after temperature and top-p.
+
+    Top-p keeps the most probable tokens until their mass reaches `top_p`, at least one; the others get -inf.
+    Temperature 0 puts all mass on the most probable token.
+    """
+    if temperature == 0:
+        greedy = torch.full_like(logits, -torch.inf)
+        return greedy.scatter_(1, logits.argmax(-1, keepdim=True), 0.0)
+    logprobs = (logits / temperature).log_softmax(-1)
+    if top_p == 1:
+        return logprobs
+    ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
+    mass_before = ordered.exp().cumsum(-1) - ordered.exp()
+    kept = torch.zeros_like(logprobs, dtype=torch.bool).scatter_(1, order, mass_before < top_p)
+    return logprobs.masked_fill(~kept, -torch.inf).log_softmax(-1)
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """One response under way in one row of the cache."""
+
+    index: int  # of the request
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerWeights:
+    input_norm: Tensor  # [hidden]
+    query_key_value: Tensor  # [(heads + 2 key_value_heads) * head_dim, hidden]
+    attention_output: Tensor  # [hidden, heads * head_dim]
+    feed_forward_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    down: Tensor  # [hidden, intermediate]
+
+
+class TorchSampler:
+    """`ports.Sampler` for a Llama of any size that fits in this process's memory."""
+
+    def __init__(self, shape: ModelShape, *, end_token_id: int, slots: int) -> None:
+        self._shape = shape
+        self._end_token_id = end_token_id
+        self._slots = slots
+        self._version = -1
+        cache_shape = (slots, shape.num_key_value_heads, shape.max_position_embeddings, shape.head_dim)
+        self._keys = [torch.zeros(cache_shape) for _ in range(shape.num_hidden_layers)]
+        self._values = [torch.zeros(cache_shape) for _ in range(shape.num_hidden_layers)]
+        self._cosine, self._sine = rotary_tables(shape, shape.max_position_embeddings)
+
+    def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        weights = {name: tensor.detach() for name, tensor in named_weights}
+
+        def layer(index: int) -> _LayerWeights:
+            prefix = f"model.layers.{index}."
+            projections = [weights[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"]
+            gate_up = [weights[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+            return _LayerWeights(
+                input_norm=weights[prefix + "input_layernorm.weight"].clone(),
+                query_key_value=torch.cat(projections),
+                attention_output=weights[prefix + "self_attn.o_proj.weight"].clone(),
+                feed_forward_norm=weights[prefix + "post_attention_layernorm.weight"].clone(),
+                gate_up=torch.cat(gate_up),
+                down=weights[prefix + "mlp.down_proj.weight"].clone(),
+            )
+
+        self._layers = [layer(index) for index in range(self._shape.num_hidden_layers)]
+        self._embedding = weights["model.embed_tokens.weight"].clone()  # [vocab, hidden]
+        self._final_norm = weights["model.norm.weight"].clone()
+        tied = self._shape.tie_word_embeddings
+        self._output = self._embedding if tied else weights["lm_head.weight"].clone()  # [vocab, hidden]
+        self._version = version
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        if self._version < 0:
+            raise RuntimeError("the sampler has no weights yet; push() them before generate()")
+        for request in requests:
+            self._check(request)
+        waiting = deque(_Row(index, request) for index, request in enumerate(requests))
+        active: list[_Row] = []
+        finished: list[_Row] = []
+        while waiting or active:
+            fresh = [waiting.popleft() for _ in range(min(len(waiting), self._slots - len(active)))]
+            if fresh:
+                self._choose(fresh, self._prefill(fresh, first_row=len(active)), params)
+                active += fresh
+            finished += self._retire(active)
+            if active:
+                self._choose(active, self._decode(active), params)
+                finished += self._retire(active)
+        finished.sort(key=lambda row: row.index)
+        return [
+            Response(
+                token_ids=row.token_ids,
+                logprobs=row.logprobs,
+                finish_reason=row.finish_reason or "length",
+                version=self._version,
+            )
+            for row in finished
+        ]
+
+    def _check(self, request: Request) -> None:
+        context = self._shape.max_position_embeddings
+        if not 0 < len(request.token_ids) < context:
+            raise ValueError(
+                f"a prompt of {len(request.token_ids)} tokens does not fit the context of {context} tokens with room for "
+                "a response; lower rollout.max_prompt_tokens, max_feedback_tokens or turns"
+            )
+
+    def _prefill(self, rows: list[_Row], *, first_row: int) -> Tensor:
+        """Fill the cache with the prompts; logits of each prompt's last token, `[rows, vocab]`."""
+        lengths = torch.tensor([len(row.request.token_ids) for row in rows])
+        longest = int(lengths.max())
+        token_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        for index, row in enumerate(rows):
+            token_ids[index, : len(row.request.token_ids)] = torch.as_tensor(row.request.token_ids)
+        positions = torch.arange(longest).expand(len(rows), longest)
+        hidden = self._forward(token_ids, positions, first_row, longest)
+        return self._logits(hidden[torch.arange(len(rows)), lengths - 1])
+
+    def _decode(self, rows: list[_Row]) -> Tensor:
+        """One more token for every active row; logits `[rows, vocab]`."""
+        token_ids = torch.tensor([[row.token_ids[-1]] for row in rows])
+        positions = torch.tensor([[len(row.request.token_ids) + len(row.token_ids) - 1] for row in rows])
+        attended = -(-(int(positions.max()) + 1) // _CACHE_GRANULE) * _CACHE_GRANULE
+        attended = min(attended, self._shape.max_position_embeddings)
+        return self._logits(self._forward(token_ids, positions, 0, attended)[:, 0])
+
+    def _forward(self, token_ids: Tensor, positions: Tensor, first_row: int, attended: int) -> Tensor:
+        """Hidden states `[rows, length, hidden]`; writes the cache, attends to its first `attended` positions."""
+        shape = self._shape
+        rows, length = token_ids.shape
+        heads, groups, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+        cosine, sine = self._cosine[positions][:, None], self._sine[positions][:, None]  # [rows, 1, length, head_dim]
+        visible = torch.arange(attended) <= positions[:, None, :, None]  # [rows, 1, length, attended]
+        target = positions[:, None, :, None].expand(rows, groups, length, head_dim)
+        hidden = functional.embedding(token_ids, self._embedding)
+        for weights, all_keys, all_values in zip(self._layers, self._keys, self._values, strict=True):
+            keys, values = all_keys[first_row : first_row + rows], all_values[first_row : first_row + rows]
+            normed = functional.rms_norm(hidden, (shape.hidden_size,), weights.input_norm, shape.rms_norm_eps)
+            mixed = functional.linear(normed, weights.query_key_value).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+            query, key, value = mixed.split([heads, groups, groups], dim=1)  # [rows, heads, length, head_dim]
+            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+            keys.scatter_(2, target, key)
+            values.scatter_(2, target, value)
+            if length == 1:  # a group's heads share keys: fold them into the query length
+                query = query.reshape(rows, groups, heads // groups, head_dim)
+                mask = visible.expand(rows, 1, heads // groups, attended)
+            else:
+                mask = visible
+            output = functional.scaled_dot_product_attention(
+                query, keys[:, :, :attended], values[:, :, :attended], attn_mask=mask, enable_gqa=length > 1
+            )
+            output = output.reshape(rows, heads, length, head_dim).transpose(1, 2).flatten(-2)
+            hidden = hidden + functional.linear(output, weights.attention_output)
+            normed = functional.rms_norm(hidden, (shape.hidden_size,), weights.feed_forward_norm, shape.rms_norm_eps)
+            gate, up = functional.linear(normed, weights.gate_up).chunk(2, dim=-1)
+            hidden = hidden + functional.linear(functional.silu(gate) * up, weights.down)
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        shape = self._shape
+        normed = functional.rms_norm(hidden, (shape.hidden_size,), self._final_norm, shape.rms_norm_eps)
+        return functional.linear(normed, self._output).float()
+
+    def _choose(self, rows: list[_Row], logits: Tensor, params: SamplingParams) -> None:
+        """Append one sampled token to every row, by inverse of the cumulative distribution."""
+        logprobs = sampling_logprobs(logits, temperature=params.temperature, top_p=params.top_p)  # [rows, vocab]
+        positions = [len(row.request.token_ids) + len(row.token_ids) for row in rows]
+        draws = uniforms(
+            params.seed,
+            np.array([row.request.stream for row in rows], dtype=np.uint64),
+            np.array(positions, dtype=np.uint64),
+        )
+        cumulative = logprobs.double().exp().cumsum(-1)
+        total = cumulative[:, -1:]
+        below_total = total.nextafter(torch.zeros_like(total))
+        thresholds = (torch.from_numpy(draws)[:, None] * total).minimum(below_total)
+        chosen = torch.searchsorted(cumulative, thresholds, right=True)  # [rows, 1]
+        chosen_logprobs = logprobs.gather(1, chosen)[:, 0].tolist()
+        for row, token_id, logprob, position in zip(rows, chosen[:, 0].tolist(), chosen_logprobs, positions, strict=True):
+            row.token_ids.append(token_id)
+            row.logprobs.append(logprob)
+            if token_id == self._end_token_id:
+                row.finish_reason = "stop"
+            elif len(row.token_ids) == params.max_tokens or position + 1 == self._shape.max_position_embeddings:
+                row.finish_reason = "length"
+
+    def _retire(self, active: list[_Row]) -> list[_Row]:
+        """Take finished rows out of `active`, and keep the cache's used rows together at the front."""
+        retired = [row for row in active if row.finish_reason is not None]
+        for row in retired:
+            hole, last = active.index(row), len(active) - 1
+            if hole != last:
+                used = len(active[last].request.token_ids) + len(active[last].token_ids)
+                for cache in (*self._keys, *self._values):
+                    cache[hole, :, :used] = cache[last, :, :used]
+                active[hole] = active[last]
+            active.pop()
+        return retired

@@ -1,0 +1,20 @@
+"""The arithmetic of PPO for language models: log-probabilities, losses, returns and whitening, in torch alone."""
+
+from rlef_kernels.logprobs import TokenLogprobs, logprobs_from_logits
+from rlef_kernels.policy import PolicyMetrics, ppo_policy_loss, ppo_policy_loss_from_logits
+from rlef_kernels.returns import turn_returns
+from rlef_kernels.value import ValueMetrics, value_loss
+from rlef_kernels.whitening import masked_mean, masked_whiten
+
+__all__ = [
+    "PolicyMetrics",
+    "TokenLogprobs",
+    "ValueMetrics",
+    "logprobs_from_logits",
+    "masked_mean",
+    "masked_whiten",
+    "ppo_policy_loss",
+    "ppo_policy_loss_from_logits",
+    "turn_returns",
+    "value_loss",
+]

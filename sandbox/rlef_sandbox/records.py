@@ -1,0 +1,107 @@
+"""What goes into an executor and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from enum import Enum
+from math import isfinite
+from typing import Literal
+
+Judge = Literal["code_contests", "exact"]
+
+
+class SandboxFault(RuntimeError):
+    """The machine or this library failed; the program that was to run is not to blame."""
+
+
+class Verdict(str, Enum):
+    """What one program did on one test."""
+
+    PASSED = "passed"
+    WRONG_OUTPUT = "wrong_output"
+    EXCEPTION = "exception"  # a non-zero exit status, or a signal that no other verdict explains
+    TIMEOUT = "timeout"
+    OUT_OF_MEMORY = "out_of_memory"
+    OUTPUT_LIMIT = "output_limit"
+    SYNTAX_ERROR = "syntax_error"
+    SECURITY = "security"  # killed at a system call that no honest program makes
+    SKIPPED = "skipped"  # not run: an earlier test failed
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """What a program reads on standard input, and what it should write to standard output."""
+
+    input: str
+    expected_output: str
+
+    __test__ = False  # pytest: not a test class
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one test of one program may use. Raises ValueError for a value out of range."""
+
+    cpu_s: float = 10.0  # the verdict `timeout` rests on this clock, so it does not depend on the load
+    wall_s: float | None = None  # guards against idling; None: three times `cpu_s`, plus two seconds
+    memory_bytes: int = 1_000_000_000  # on top of what the bare interpreter holds
+    processes: int = 64  # the program's threads, the first included; it can start no other process
+    output_bytes: int = 16 * 1024 * 1024  # of standard output, and as many of standard error
+    kept_output_bytes: int = 64 * 1024  # how much of each a Result keeps
+    open_files: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_s", "wall_s"):
+            seconds = getattr(self, name)
+            if seconds is not None and not (_is_number(seconds) and 0 < seconds <= 86_400):
+                raise ValueError(f"{name} is {seconds!r}: give a number of seconds in (0, 86400]")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
+                raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")
+
+    @property
+    def wall_limit_s(self) -> float:
+        return 3 * self.cpu_s + 2 if self.wall_s is None else self.wall_s
+
+
+_LEAST = {
+    "memory_bytes": 1 << 20,
+    "processes": 1,
+    "output_bytes": 1,
+    "kept_output_bytes": 0,
+    "open_files": 16,
+}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One program and the tests to run it on."""
+
+    program: str
+    tests: Sequence[Test]
+    _: KW_ONLY
+    limits: Limits | None = None  # None: the executor's
+    stop_at_first_failure: bool = False
+    judge: Judge = "code_contests"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One program on one test, in facts of the kernel: exit status, signal, clocks, sizes."""
+
+    verdict: Verdict
+    exit_code: int | None  # None when a signal ended it, or it did not run
+    signal: int | None
+    stdout: str  # its beginning
+    stderr: str  # its end; frames are those of `solution.py` and of the libraries that it called
+    stdout_truncated: bool
+    stderr_truncated: bool
+    cpu_s: float
+    wall_s: float
+    peak_memory_bytes: int  # resident, the bare interpreter's share included

@@ -1,0 +1,75 @@
+"""What lets megatron-core run on gloo and CPU, and the reason for each piece. Inert where CUDA is available.
+
+Nothing in `torch` or in `torch.cuda` is changed, and no function of megatron-core is replaced. In a few of its modules
+the *name* `torch` is bound to a stand-in that passes everything through, except that "cuda" means the CPU. All that it
+changes could only raise on a machine without CUDA. Everything else that CPU needs is a setting in `megatron_policy`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Collection
+from types import ModuleType
+from typing import Any
+
+import torch
+
+REASONS = {
+    # _ParamAndGradBuffer allocates the gradients on `torch.cuda.current_device()`
+    "megatron.core.distributed.param_and_grad_buffer": "gradient buffers",
+    # FP32Optimizer keeps its loss scale of 1 in `torch.tensor(..., device='cuda')`
+    "megatron.core.optimizer.optimizer": "loss scale",
+    # each schedule counts tokens in `torch.zeros([], device="cuda")`
+    "megatron.core.pipeline_parallel.schedules": "token count",
+    # variable_seq_lengths exchanges shapes and activations in buffers on `torch.cuda.current_device()`, and then
+    # calls `torch.cuda.synchronize()`
+    "megatron.core.pipeline_parallel.p2p_communication": "receive buffers",
+}
+"""Module of megatron-core whose name `torch` is rebound -> what in it names a CUDA device."""
+
+_FACTORIES = ("empty", "full", "tensor", "zeros")
+
+
+class _CudaOnCPU:
+    """`torch.cuda` with the CPU as its device."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self, device: object = None) -> None:
+        """Gloo has returned when the data is there."""
+
+
+class _TorchOnCPU:
+    """`torch`, but a tensor asked for on "cuda" is made on the CPU."""
+
+    cuda = _CudaOnCPU()
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(torch, name)
+        return _on_cpu(attribute) if name in _FACTORIES else attribute
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*arguments: Any, **settings: Any) -> torch.Tensor:
+        if settings.get("device") == "cuda":
+            settings["device"] = "cpu"
+        return factory(*arguments, **settings)
+
+    return make
+
+
+def install(omit: Collection[str] = ()) -> list[ModuleType]:
+    """Bind the stand-in in each module of `REASONS` but those in `omit`; does nothing where CUDA is available.
+
+    Returns the modules that it changed. May be called again.
+    """
+    if torch.cuda.is_available():
+        return []
+    modules = [importlib.import_module(name) for name in REASONS if name not in omit]
+    for module in modules:
+        module.torch = _TorchOnCPU()  # type: ignore[attr-defined]
+    return modules

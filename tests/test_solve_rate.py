@@ -1,0 +1,158 @@
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlef.solve_rate import Tally, estimate_n_at_k, mean_n_at_k, n_at_k, pass_at_k
+
+
+@st.composite
+def tallies(draw: st.DrawFn, largest: int = 8) -> Tally:
+    samples = draw(st.integers(1, largest))
+    passed_public = draw(st.integers(0, samples))
+    return Tally(samples=samples, passed_public=passed_public, solved=draw(st.integers(0, passed_public)))
+
+
+def sampled_n_at_k(tally: Tally, *, n: int, k: int, draws: int, generator: np.random.Generator) -> float:
+    """The estimator as AlphaCode states it, one draw at a time: the slow twin of `n_at_k`."""
+    hits = 0
+    for _ in range(draws):
+        candidates = generator.hypergeometric(tally.passed_public, tally.samples - tally.passed_public, k)
+        submitted = min(candidates, n)
+        hits += generator.hypergeometric(tally.solved, tally.passed_public - tally.solved, submitted) > 0
+    return hits / draws
+
+
+def enumerated_n_at_k(tally: Tally, *, n: int, k: int) -> Fraction:
+    """Every way to choose k samples, and in each every way to choose n of its candidates."""
+    solved, passed, samples = tally.solved, tally.passed_public, tally.samples
+    kinds = ["solved"] * solved + ["public"] * (passed - solved) + ["failed"] * (samples - passed)
+    total = Fraction(0)
+    for chosen in itertools.combinations(kinds, k):
+        candidates = [kind for kind in chosen if kind != "failed"]
+        submissions = list(itertools.combinations(candidates, min(n, len(candidates))))
+        total += Fraction(sum("solved" in submission for submission in submissions), len(submissions))
+    return total / math.comb(samples, k)
+
+
+def test_one_of_two_samples_solves_and_the_other_fails_publicly() -> None:
+    tally = Tally(samples=2, passed_public=1, solved=1)
+    assert n_at_k(tally, n=1, k=1) == 0.5
+    assert n_at_k(tally, n=1, k=2) == 1.0  # the public tests point at the right one
+
+
+def test_the_public_tests_cannot_tell_two_candidates_apart() -> None:
+    tally = Tally(samples=2, passed_public=2, solved=1)
+    assert n_at_k(tally, n=1, k=2) == 0.5
+    assert n_at_k(tally, n=2, k=2) == 1.0
+
+
+def test_no_candidate_means_no_submission() -> None:
+    assert n_at_k(Tally(samples=3, passed_public=0, solved=0), n=1, k=3) == 0.0
+
+
+@given(tallies(), st.data())
+def test_the_closed_form_equals_the_enumeration_of_all_choices(tally: Tally, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, tally.samples))
+    n = data.draw(st.integers(1, k))
+    assert n_at_k(tally, n=n, k=k) == pytest.approx(float(enumerated_n_at_k(tally, n=n, k=k)), abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 3), (3, 10), (10, 100)])
+def test_the_closed_form_is_the_mean_of_the_sampling_version(n: int, k: int) -> None:
+    tally = Tally(samples=200, passed_public=20, solved=6)
+    draws = 20_000
+    sampled = sampled_n_at_k(tally, n=n, k=k, draws=draws, generator=np.random.default_rng(1))
+    exact = n_at_k(tally, n=n, k=k)
+    assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / draws))
+
+
+@given(tallies(largest=200), st.data())
+def test_submitting_every_candidate_is_pass_at_k(tally: Tally, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, tally.samples))
+    assert n_at_k(tally, n=k, k=k) == pytest.approx(pass_at_k(tally, k=k), abs=1e-9)
+
+
+@given(tallies(largest=60), st.data())
+def test_one_sample_submitted_is_the_share_that_solves(tally: Tally, data: st.DataObject) -> None:
+    assert n_at_k(tally, n=1, k=1) == pytest.approx(tally.solved / tally.samples)
+
+
+@given(tallies(largest=60), st.data())
+def test_more_submissions_or_more_samples_never_hurt(tally: Tally, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, tally.samples))
+    n = data.draw(st.integers(1, k))
+    rate = n_at_k(tally, n=n, k=k)
+    assert 0.0 <= rate <= 1.0
+    assert n_at_k(tally, n=n + 1, k=k) >= rate - 1e-12
+    if k < tally.samples:
+        assert n_at_k(tally, n=n, k=k + 1) >= rate - 1e-12
+
+
+def test_problems_weigh_the_same_however_many_samples_they_have() -> None:
+    always, never = Tally(samples=1, passed_public=1, solved=1), Tally(samples=99, passed_public=0, solved=0)
+    assert mean_n_at_k([always, never], n=1, k=1) == 0.5
+
+
+def test_no_problem_has_no_solve_rate() -> None:
+    with pytest.raises(ValueError, match="tallies is empty"):
+        mean_n_at_k([], n=1, k=1)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "message"), [(0, 1, "n is 0"), (1, 0, "k is 0"), (1, 4, "k is 4, but .* 3 samples")]
+)
+def test_impossible_n_and_k_are_refused(n: int, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        n_at_k(Tally(samples=3, passed_public=1, solved=1), n=n, k=k)
+
+
+def test_a_tally_whose_counts_do_not_nest_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="solved 2, passed_public 1, samples 3: each must be at most the next"
+    ):
+        Tally(samples=3, passed_public=1, solved=2)
+
+
+def test_problems_that_are_always_or_never_solved_have_no_spread_of_their_own() -> None:
+    certain = [Tally(samples=4, passed_public=4, solved=4), Tally(samples=4, passed_public=0, solved=0)]
+    estimate = estimate_n_at_k(certain, n=1, k=1, resamples=50, generator=np.random.default_rng(0))
+    assert (estimate.low, estimate.value, estimate.high) == (0.5, 0.5, 0.5)
+
+
+def test_other_problems_of_the_same_kind_would_spread_even_then() -> None:
+    certain = [Tally(samples=4, passed_public=4, solved=4), Tally(samples=4, passed_public=0, solved=0)]
+    generator = np.random.default_rng(0)
+    estimate = estimate_n_at_k(certain, n=1, k=1, resamples=50, generator=generator, resample_problems=True)
+    assert (estimate.low, estimate.value, estimate.high) == (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("resample_problems", [False, True])
+def test_the_interval_has_the_width_that_theory_gives(resample_problems: bool) -> None:
+    problems = [Tally(samples=10, passed_public=solved, solved=solved) for solved in [2, 4, 6, 8] * 50]
+    estimate = estimate_n_at_k(
+        problems,
+        n=1,
+        k=1,
+        resamples=2000,
+        generator=np.random.default_rng(0),
+        resample_problems=resample_problems,
+    )
+    shares = np.array([problem.solved / 10 for problem in problems])  # [problems]
+    variance = np.mean(shares * (1 - shares)) / 10 + (np.var(shares) if resample_problems else 0.0)
+    expected = 2 * 1.96 * math.sqrt(variance / len(problems))
+    assert estimate.high - estimate.low == pytest.approx(expected, rel=0.1)
+    assert estimate.low < estimate.value < estimate.high
+
+
+def test_the_same_generator_gives_the_same_interval() -> None:
+    problems = [Tally(samples=5, passed_public=3, solved=2), Tally(samples=5, passed_public=2, solved=1)]
+    first, second = (
+        estimate_n_at_k(problems, n=1, k=3, resamples=20, generator=np.random.default_rng(9))
+        for _ in range(2)
+    )
+    assert first == second

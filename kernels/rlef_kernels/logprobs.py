@@ -134,7 +134,8 @@ def _whole_vocabulary(
     partials = _all_gather(partial, group)  # [ranks, 3 or 4, tokens]
     maxima, sums, chosen = partials[:, 0], partials[:, 1], partials[:, 2]
     maximum = maxima.amax(dim=0)
-    shifts = (maxima - maximum) * shard.bits  # [ranks, tokens]
+    # Finite, as in the shards: a shard of -inf has the sum 0, and 0 * -inf would be NaN.
+    shifts = ((maxima - maximum) * shard.bits).clamp(min=torch.finfo(shard.dtype).min)  # [ranks, tokens]
     weights = shifts.exp2()
     total = (weights * sums).sum(dim=0)
     mean = torch.zeros_like(total)

@@ -1,0 +1,62 @@
+"""From rewards, log-probabilities and values to the advantage of each response (PAPER section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from rlef.records import Batch
+from rlef_kernels import masked_whiten, turn_returns
+
+
+def turn_kl(
+    policy_logprobs: Tensor,  # [tokens]
+    reference_logprobs: Tensor,  # [tokens]
+    batch: Batch,
+) -> Tensor:
+    """Mean log-ratio of the tokens of each response, `[turns]` float32.
+
+    It is the log-ratio of two response probabilities when a response's probability is the geometric mean of its
+    tokens': a long response costs no more than a short one. Tokens that the policy did not choose are not read.
+    """
+    turns = batch.token_turns[batch.response_mask]  # [response tokens]
+    log_ratio = (policy_logprobs[batch.response_mask] - reference_logprobs[batch.response_mask]).double()
+    sums = log_ratio.new_zeros(batch.num_turns).index_add_(0, turns, log_ratio)
+    counts = torch.bincount(turns, minlength=batch.num_turns)
+    return (sums / counts).float()
+
+
+def advantages_and_returns(
+    batch: Batch,
+    old_logprobs: Tensor,  # [tokens]
+    reference_logprobs: Tensor,  # [tokens]
+    values: Tensor,  # [values]
+    *,
+    kl_coef: float,
+) -> tuple[Tensor, Tensor]:
+    """(returns, advantages), each `[values]` float32, not whitened.
+
+    A turn's reward is R = r - kl_coef KL; its return G is R plus that of all later turns of the episode, without
+    discount or bootstrapping, so the KL of a later response counts against the earlier ones too; its advantage is
+    G - V. With a value per token (the ablation) each token has the return of its turn.
+    """
+    rewards = batch.turn_rewards - kl_coef * turn_kl(old_logprobs, reference_logprobs, batch)  # [turns]
+    returns = turn_returns(rewards, batch.turn_sequences)[batch.value_turns]  # [values]
+    return returns, returns - values
+
+
+def whiten(advantages: Sequence[Tensor], *, group: ProcessGroup | None = None) -> list[Tensor]:
+    """Mean 0 and variance 1 over all values of all these micro-batches, on all processes of `group`.
+
+    Every value counts once: a turn at turn level, however long its response; a token at token level. Collective: a
+    process without micro-batches passes an empty list.
+    """
+    if not advantages:
+        masked_whiten(torch.empty(0), group=group)
+        return []
+    return list(
+        masked_whiten(torch.cat(list(advantages)), group=group).split([part.numel() for part in advantages])
+    )

@@ -1,4 +1,4 @@
-"""From rewards, log-probabilities and values to the advantage of each response (PAPER section 2)."""
+"""From rewards, log-probabilities and values to the advantage of each response (RLEF, section 2)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def turn_kl(
 ) -> Tensor:
     """Mean log-ratio of the tokens of each response, `[turns]` float32.
 
-    It is the log-ratio of two response probabilities when a response's probability is the geometric mean of its
-    tokens': a long response costs no more than a short one. Tokens that the policy did not choose are not read.
+    It is the log-ratio of two response probabilities when a response's probability is the geometric mean of
+    its tokens': a long response costs no more than a short one. Tokens that the policy did not choose are not
+    read.
     """
     turns = batch.token_turns[batch.response_mask]  # [response tokens]
     log_ratio = (policy_logprobs[batch.response_mask] - reference_logprobs[batch.response_mask]).double()
@@ -39,9 +40,9 @@ def advantages_and_returns(
 ) -> tuple[Tensor, Tensor]:
     """(returns, advantages), each `[values]` float32, not whitened.
 
-    A turn's reward is R = r - kl_coef KL; its return G is R plus that of all later turns of the episode, without
-    discount or bootstrapping, so the KL of a later response counts against the earlier ones too; its advantage is
-    G - V. With a value per token (the ablation) each token has the return of its turn.
+    A turn's reward is R = r - kl_coef KL; its return G is R plus that of all later turns of the episode,
+    without discount or bootstrapping, so the KL of a later response counts against the earlier ones too; its
+    advantage is G - V. With a value per token (the ablation) each token has the return of its turn.
     """
     rewards = batch.turn_rewards - kl_coef * turn_kl(old_logprobs, reference_logprobs, batch)  # [turns]
     returns = turn_returns(rewards, batch.turn_sequences)[batch.value_turns]  # [values]
@@ -51,12 +52,8 @@ def advantages_and_returns(
 def whiten(advantages: Sequence[Tensor], *, group: ProcessGroup | None = None) -> list[Tensor]:
     """Mean 0 and variance 1 over all values of all these micro-batches, on all processes of `group`.
 
-    Every value counts once: a turn at turn level, however long its response; a token at token level. Collective: a
-    process without micro-batches passes an empty list.
+    Every value counts once: a turn at turn level, however long its response; a token at token level.
+    Collective: a process without micro-batches passes an empty list.
     """
-    if not advantages:
-        masked_whiten(torch.empty(0), group=group)
-        return []
-    return list(
-        masked_whiten(torch.cat(list(advantages)), group=group).split([part.numel() for part in advantages])
-    )
+    whole = torch.cat(list(advantages)) if advantages else torch.empty(0)
+    return list(torch.split(masked_whiten(whole, group=group), [part.numel() for part in advantages]))

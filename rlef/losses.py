@@ -1,6 +1,7 @@
 """The losses of the policy and the value network on a packed batch, as `ports.LossFunction` wants them.
 
-They only line tokens up with what predicts them and with the advantages they take; the arithmetic is rlef_kernels'.
+They only line tokens up with what predicts them and with the advantages they take; the arithmetic is
+rlef_kernels'.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def token_logprobs(
 ) -> Tensor:
     """Log-prob of each response token, `[tokens]` float32, aligned with the token itself; 0 elsewhere.
 
-    The logits at position i - 1 predict token i. Only the rows that predict a response token are read. Differentiable.
+    The logits at position i - 1 predict token i. Only the rows that predict a response token are read.
+    Differentiable.
     """
     tokens = batch.response_mask.nonzero()[:, 0]  # [response tokens]
     logprobs = rlef_kernels.logprobs_from_logits(
@@ -43,10 +45,10 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss of the response tokens, divided by `normaliser`, and its statistics.
 
-    With `normaliser` the number of response tokens in the whole update, the statistics add up, like the loss, to
-    means over those tokens: `loss`, `clip_fraction`, `approximate_kl` (to the policy that starts the update),
-    `behaviour_weight` (mean of min(pi / pi_behaviour, 1)) and `entropy`. `tokens` adds up to their number, and
-    `ratio_max` is the largest pi / pi_old.
+    With `normaliser` the number of response tokens in the whole update, the statistics add up, like the loss,
+    to means over those tokens: `loss`, `clip_fraction`, `approximate_kl` (to the policy that starts the
+    update), `behaviour_weight` (mean of min(pi / pi_behaviour, 1)) and `entropy`. `tokens` adds up to their
+    number, and `ratio_max` is the largest pi / pi_old.
     """
     tokens = batch.response_mask.nonzero()[:, 0]  # [response tokens]
     loss, metrics = rlef_kernels.ppo_policy_loss_from_logits(
@@ -86,8 +88,8 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped value loss, divided by `normaliser`, and its statistics.
 
-    With `normaliser` the number of values in the whole update, `loss`, `clip_fraction` and `squared_error` add up to
-    means over those values. `values` adds up to their number.
+    With `normaliser` the number of values in the whole update, `loss`, `clip_fraction` and `squared_error`
+    add up to means over those values. `values` adds up to their number.
 
     Raises:
         ValueError: not as many values as the batch has.

@@ -15,13 +15,13 @@ from rlef.records import Batch, Episode
 def pack(episodes: Sequence[Episode], *, value_level: ValueLevel) -> Batch:
     """Lay `episodes` end to end, in order. Nothing is padded, and each keeps its own positions from 0.
 
-    At turn level the value network is read once per turn, at the last token of the turn's prompt, and all tokens of
-    the response take that advantage (PAPER section 2). At token level, the ablation, it is read once per response
-    token, at the token before it.
+    At turn level the value network is read once per turn, at the last token of the turn's prompt, and all
+    tokens of the response take that advantage (RLEF, section 2). At token level, the ablation, it is read
+    once per response token, at the token before it.
 
     Raises:
-        ValueError: no episodes, an episode without turns or rewards, turns that overlap or lie outside the episode, a
-            response with nothing before it, or `sampled` marks that do not match the turns.
+        ValueError: no episodes, an episode without turns or rewards, turns that overlap or lie outside the
+            episode, a response with nothing before it, or `sampled` marks that do not match the turns.
     """
     if not episodes:
         raise ValueError("there are no episodes to pack; give at least one")
@@ -70,9 +70,9 @@ def pack(episodes: Sequence[Episode], *, value_level: ValueLevel) -> Batch:
 def split_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Divide sequences of these lengths into micro-batches of at most `max_tokens`, as equal as possible.
 
-    As few micro-batches as this greedy division needs; a sequence longer than the budget gets one of its own. The
-    same lengths always give the same division. Each index of `lengths` appears once; indices ascend within a
-    micro-batch, and micro-batches are in the order of their first index.
+    As few micro-batches as this greedy division needs; a sequence longer than the budget gets one of its own.
+    The same lengths always give the same division. Each index of `lengths` appears once; indices ascend
+    within a micro-batch, and micro-batches are in the order of their first index.
 
     Raises:
         ValueError: a length or budget below 1.
@@ -91,10 +91,10 @@ def split_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[in
 
 
 def assign_to_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Divide sequences of these lengths among `ranks` processes, as equal in tokens as a greedy division gets.
+    """Divide sequences of these lengths among `ranks` processes, as equal in tokens as possible.
 
-    The same lengths always give the same division. Each index appears once, ascending within a rank; a rank gets
-    none only if there are fewer sequences than ranks.
+    The same lengths always give the same division. Each index appears once, ascending within a rank; a rank
+    gets none only if there are fewer sequences than ranks.
 
     Raises:
         ValueError: a length or number of ranks below 1.
@@ -127,14 +127,15 @@ def _check(episode: Episode) -> None:
     tokens = len(episode.token_ids)
     if not len(episode.sampled) == len(episode.logprobs) == tokens:
         raise ValueError(
-            f"{name} has {tokens} token_ids, {len(episode.sampled)} sampled and {len(episode.logprobs)} logprobs; "
-            "make them equal"
+            f"{name} has {tokens} token_ids, {len(episode.sampled)} sampled and {len(episode.logprobs)} "
+            "logprobs; make them equal"
         )
     if not episode.turns:
         raise ValueError(f"{name} has no turn; drop it before packing")
     if len(episode.rewards) != len(episode.turns):
         raise ValueError(
-            f"{name} has {len(episode.rewards)} rewards for {len(episode.turns)} turns; fill them by turn_rewards"
+            f"{name} has {len(episode.rewards)} rewards for {len(episode.turns)} turns; "
+            "fill them by turn_rewards"
         )
     sampled = [False] * tokens
     end = 0
@@ -143,8 +144,8 @@ def _check(episode: Episode) -> None:
             raise ValueError(f"{name} starts with a response; put a prompt of at least one token before it")
         if not end <= turn.start < turn.end <= tokens:
             raise ValueError(
-                f"{name}, turn {number}, spans {turn.start} to {turn.end}; it must be a non-empty span between {end} "
-                f"and {tokens}"
+                f"{name}, turn {number}, spans {turn.start} to {turn.end}; "
+                f"it must be a non-empty span between {end} and {tokens}"
             )
         end = turn.end
         sampled[turn.start : turn.end] = [True] * (turn.end - turn.start)

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO for language models: log-probabilities, losses, returns and whitening, in torch alone."""
+"""The arithmetic of PPO for language models: log-probabilities, losses, returns and whitening."""
 
 from rlef_kernels.logprobs import TokenLogprobs, logprobs_from_logits
 from rlef_kernels.policy import PolicyMetrics, ppo_policy_loss, ppo_policy_loss_from_logits

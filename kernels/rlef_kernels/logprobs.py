@@ -1,8 +1,9 @@
 """Log-probability, entropy and logsumexp of chosen tokens, from logits that may be split over the vocabulary.
 
-Neither pass holds more than a few rows of probabilities: the forward pass reduces each row to four numbers, and the
-backward pass computes the probabilities again from the logits and two of those numbers. Exponentials are base 2:
-torch's exp2 takes a quarter of the time of its exp on a CPU, and the base change costs nothing beside the temperature.
+Neither pass holds more than a few rows of probabilities: the forward pass reduces each row to four numbers,
+and the backward pass computes the probabilities again from the logits and two of those numbers. Exponentials
+are base 2: torch's exp2 takes a quarter of the time of its exp on a CPU, and the base change costs nothing
+beside the temperature.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.distributed import ProcessGroup
 
 from rlef_kernels._checks import accumulation_dtype, check_floating, check_integer, check_like, check_positive
 
-# How many logits are worked on at a time. On a CPU the temporaries should stay in its cache; on a GPU the launches
-# should not count.
+# How many logits are worked on at a time. On a CPU the temporaries should stay in its cache; on a GPU the
+# launches should not count.
 CPU_CHUNK_ELEMENTS = 1 << 17
 GPU_CHUNK_ELEMENTS = 1 << 26
 LN_2 = math.log(2)
@@ -29,7 +30,7 @@ LN_2 = math.log(2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprobs:
-    """What a distribution over the vocabulary says of each chosen token: float32, or float64 for float64 logits."""
+    """What the model says of each chosen token, in float32 (float64 for float64 logits)."""
 
     logprobs: Tensor  # [tokens]
     entropy: Tensor | None  # [tokens] in nats, None unless it was asked for
@@ -75,7 +76,7 @@ class _Shard:
                 yield part, self.logits.index_select(0, self.rows[part])
 
     def shifted(self, chunk: Tensor, maximum: Tensor, *, finite: bool) -> Tensor:
-        """z = (logit - maximum) / (temperature ln 2), a new tensor `[chunk rows, vocab]` in the accumulation type."""
+        """z = (logit - maximum) / (temperature ln 2): a new tensor, `[chunk rows, vocab]`."""
         shifted = (chunk - maximum[:, None]).mul_(self.bits)
         if finite:  # a logit of -inf has probability 0; its share of a mean must be 0, not 0 * -inf = NaN
             shifted.clamp_(min=torch.finfo(self.dtype).min)
@@ -130,7 +131,7 @@ def _whole_vocabulary(
     shard: _Shard,
     group: ProcessGroup | None,
 ) -> _RowStatistics:
-    """Merge the shards' statistics: one all-gather of at most 16 bytes per token (float32), then local arithmetic."""
+    """Merge the shards' statistics: one all-gather of at most 16 bytes per token, then local arithmetic."""
     partials = _all_gather(partial, group)  # [ranks, 3 or 4, tokens]
     maxima, sums, chosen = partials[:, 0], partials[:, 1], partials[:, 2]
     maximum = maxima.amax(dim=0)
@@ -185,7 +186,7 @@ class _LogprobsFromLogits(torch.autograd.Function):
     def backward(
         ctx: Any, for_logprobs: Tensor | None, for_entropy: Tensor | None, for_logsumexp: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """With p the probabilities and y = z ln 2: d logprob = [target] - p, d logsumexp = p, d H = -p (y - E y)."""
+        """With y = z ln 2: d logprob = [target] - p, d logsumexp = p, d entropy = -p (y - E y)."""
         logits, targets, rows, maximum, log_sum, mean = ctx.saved_tensors
         shard = _Shard(logits, targets, rows, ctx.temperature, ctx.group)
         zero = torch.zeros_like(maximum)
@@ -212,17 +213,17 @@ def logprobs_from_logits(
     """Log-probabilities of `targets` under softmax(logits / temperature), differentiable in `logits`.
 
     Args:
-        logits: `[rows, vocab / ranks]`, half, bfloat16, single or double precision. Never modified, and kept (not
-            copied) for the backward pass.
+        logits: `[rows, vocab / ranks]`, half, bfloat16, single or double precision. Never modified, and kept
+            (not copied) for the backward pass.
         targets: `[tokens]` int64, ids in the whole vocabulary, whichever shard holds them.
-        rows: `[tokens]` int64 ascending, the row of logits that predicts each target, none twice; row i predicts
-            target i when left out. Rows that nothing asks for are not read, and their gradient is 0.
+        rows: `[tokens]` int64 ascending, the row of logits that predicts each target, none twice; row i
+            predicts target i when left out. Rows that nothing asks for are not read, and their gradient is 0.
         temperature: divides the logits.
         want_entropy: also return each row's entropy, which costs a second sum over the vocabulary.
-        group: the processes over which the vocabulary is split in equal, ascending shards; None means not split.
-            Collective: every process of the group calls with the same targets and rows, and gets the same result.
-            They exchange 12 bytes per token (16 with entropy) in the forward pass, and nothing in the backward pass,
-            where each process receives the gradient of its own shard.
+        group: the processes over which the vocabulary is split in equal, ascending shards; None means not
+            split. Collective: every process of the group calls with the same targets and rows, and gets the
+            same result. They exchange 12 bytes per token (16 with entropy) in the forward pass, and nothing
+            in the backward pass, where each process receives the gradient of its own shard.
 
     Raises:
         ValueError: a shape, type, device, temperature or (on a CPU) target or row that cannot be right.

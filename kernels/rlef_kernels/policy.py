@@ -24,7 +24,7 @@ from rlef_kernels.logprobs import logprobs_from_logits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyMetrics:
-    """Sums over the tokens inside the mask, to be added up over batches and processes; scalars without gradient."""
+    """Sums over the tokens inside the mask, to be added up over batches and processes. No gradient."""
 
     tokens: Tensor
     clipped: Tensor  # tokens whose gradient the clip stopped
@@ -44,7 +44,7 @@ def _loss_and_gradient(
     high: float,
     behaviour_correction: bool,
 ) -> tuple[Tensor, Tensor, PolicyMetrics]:
-    """The summed loss, its gradient `[tokens]` in `logprobs` and the metrics. Masked tokens are never computed with."""
+    """The summed loss, its gradient `[tokens]` in `logprobs`, the metrics. Masked tokens are not read."""
     dtype = accumulation_dtype(logprobs)
     chosen = mask.nonzero()[:, 0]  # [chosen]
     advantages = advantages[chosen].to(dtype)
@@ -99,13 +99,14 @@ def ppo_policy_loss(
 ) -> tuple[Tensor, PolicyMetrics]:
     """-sum over the mask of min(r A, clip(r, 1 - low, 1 + high) A) + entropy_coef H, divided by `normaliser`.
 
-    With the behaviour correction, r = (pi / pi_old) * w with w = min(pi / pi_behaviour, 1), a constant for the
-    gradient (RLEF, section 2). pi_old are the weights at the start of the update and bound how far it goes;
-    pi_behaviour are the weights that really sampled the token, one or more versions older when rollouts and learning
-    overlap. The clip acts on the product r, as the paper writes it, not on pi / pi_old alone. So a token that pi
-    finds less likely than its sampler did counts less; and one with w < 1 - low and a negative advantage has no
-    gradient at all: pi has already moved away from it by more than the clip allows. w is cut off at 1 so that it
-    only ever takes weight away, and the variance stays bounded. Without the correction, w = 1.
+    With the behaviour correction, r = (pi / pi_old) * w with w = min(pi / pi_behaviour, 1), a constant for
+    the gradient (RLEF, section 2). pi_old are the weights at the start of the update and bound how far it
+    goes; pi_behaviour are the weights that really sampled the token, one or more versions older when rollouts
+    and learning overlap. The clip acts on the product r, as the paper writes it, not on pi / pi_old alone. So
+    a token that pi finds less likely than its sampler did counts less; and one with w < 1 - low and a
+    negative advantage has no gradient at all: pi has already moved away from it by more than the clip allows.
+    w is cut off at 1 so that it only ever takes weight away, and the variance stays bounded. Without the
+    correction, w = 1.
 
     Args:
         logprobs: `[tokens]` under pi, the only argument besides `entropy` that gets a gradient.
@@ -118,8 +119,8 @@ def ppo_policy_loss(
         entropy_coef: weight of the entropy bonus.
 
     Returns:
-        The scalar loss and the metrics, in float32 (float64 when `logprobs` is). A ratio that overflows makes the
-        loss infinite or NaN: it is reported, not hidden.
+        The scalar loss and the metrics, in float32 (float64 when `logprobs` is). A ratio that overflows makes
+        the loss infinite or NaN: it is reported, not hidden.
 
     Raises:
         ValueError: shapes, types or devices that differ, or a setting out of range.
@@ -175,9 +176,9 @@ def ppo_policy_loss_from_logits(
 ) -> tuple[Tensor, PolicyMetrics]:
     """`ppo_policy_loss` of `logprobs_from_logits`; the arguments are theirs.
 
-    Only the rows of logits that predict a token inside the mask are read; the others get the gradient 0. Entropy is
-    computed when it has a weight or is wanted for the metrics. Every process of a vocabulary-parallel group returns
-    the same loss and metrics.
+    Only the rows of logits that predict a token inside the mask are read; the others get the gradient 0.
+    Entropy is computed when it has a weight or is wanted for the metrics. Every process of a
+    vocabulary-parallel group returns the same loss and metrics.
     """
     check_mask("mask", mask)
     check_like("mask", mask, "targets", targets)

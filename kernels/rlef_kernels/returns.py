@@ -14,12 +14,13 @@ def turn_returns(
 ) -> Tensor:
     """Each turn's reward plus those of all later turns of its sequence: the Monte-Carlo return with gamma 1.
 
-    A sequence is summed in its own row, from its last turn back: what it gets does not depend, bit for bit, on the
-    sequences around it, and a NaN stays in the sequence that has it.
+    A sequence is summed in its own row, from its last turn back: what it gets does not depend, bit for bit,
+    on the sequences around it, and a NaN stays in the sequence that has it.
 
     Args:
         turn_rewards: `[turns]`, any floating type.
-        turn_sequences: `[turns]` int64, ascending: turns with the same number are one sequence, in order of time.
+        turn_sequences: `[turns]` int64, ascending: turns with the same number are one sequence, in order of
+            time.
 
     Returns:
         `[turns]` in the type of `turn_rewards`.

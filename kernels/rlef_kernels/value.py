@@ -19,7 +19,7 @@ from rlef_kernels._checks import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueMetrics:
-    """Sums over the values inside the mask, to be added up over batches and processes; scalars without gradient."""
+    """Sums over the values inside the mask, to be added up over batches and processes. No gradient."""
 
     values: Tensor  # how many
     clipped: Tensor  # values whose gradient the clip stopped
@@ -35,10 +35,11 @@ def value_loss(
     value_clip: float,
     normaliser: float | Tensor,
 ) -> tuple[Tensor, ValueMetrics]:
-    """Sum of 1/2 max((V - G)^2, (clip(V, V_old - alpha, V_old + alpha) - G)^2), divided by `normaliser` (RLEF, section 2).
+    """Sum of 1/2 max((V - G)^2, (clip(V, V_old - alpha, V_old + alpha) - G)^2), divided by `normaliser`.
 
-    The maximum is pessimistic: a value that has moved by more than alpha *towards* its return gets no further
-    gradient in this update; one that moved away from it is pulled back in full.
+    This is the value loss of RLEF, section 2. The maximum is pessimistic: a value that has moved by more than
+    alpha *towards* its return gets no further gradient in this update; one that moved away from it is pulled
+    back in full.
 
     Args:
         values: `[values]` V, the only argument that gets a gradient.

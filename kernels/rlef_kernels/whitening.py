@@ -26,8 +26,8 @@ def masked_mean(
 ) -> Tensor:
     """The mean of the values inside the mask, over every process of `group`: a float64 scalar, no gradient.
 
-    Nothing is read where the mask is False (None means all True), and the mean of nothing is 0. Collective when a
-    group is given: processes may hold different numbers of values, or none.
+    Nothing is read where the mask is False (None means all True), and the mean of nothing is 0. Collective
+    when a group is given: processes may hold different numbers of values, or none.
 
     Raises:
         ValueError: shapes, types or devices that do not fit.
@@ -43,17 +43,18 @@ def masked_whiten(
     group: ProcessGroup | None = None,
     eps: float = 1e-8,
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) inside the mask and 0 outside; mean and variance over every process of `group`.
+    """(x - mean) / sqrt(variance + eps) inside the mask, and 0 outside.
 
-    The variance is that of the population (divided by the count), so that a single value becomes 0. Sums are taken in
-    float64 and of the centred values, in two all-reduces: values far from 0 lose nothing, and how they are spread
+    Mean and variance are those of the values inside the masks of every process of `group`. The variance is
+    that of the population (divided by the count), so that a single value becomes 0. Sums are taken in float64
+    and of the centred values, in two all-reduces: values far from 0 lose nothing, and how they are spread
     over processes makes no difference beyond rounding.
 
     Args:
         values: `[n]`, any floating type. No gradient flows.
         mask: `[n]` bool; nothing is read where it is False. None means all True.
-        group: the processes whose values are whitened together; None means this one's alone. Collective: every process
-            calls, even one without values.
+        group: the processes whose values are whitened together; None means this one's alone. Collective:
+            every process calls, even one without values.
         eps: added to the variance, so that equal values become 0 instead of NaN.
 
     Returns:

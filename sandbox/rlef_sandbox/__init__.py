@@ -1,6 +1,23 @@
 """Run Python programs that nobody has read on standard-input tests, isolated and fast."""
 
+from rlef_sandbox.checks import LayerReport, check
 from rlef_sandbox.executor import Executor
+from rlef_sandbox.judges import outputs_match
+from rlef_sandbox.layers import NAMESPACES, Layer
 from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, Test, Verdict
 
-__all__ = ["Executor", "Job", "Judge", "Limits", "Result", "SandboxFault", "Test", "Verdict"]
+__all__ = [
+    "NAMESPACES",
+    "Executor",
+    "Job",
+    "Judge",
+    "Layer",
+    "LayerReport",
+    "Limits",
+    "Result",
+    "SandboxFault",
+    "Test",
+    "Verdict",
+    "check",
+    "outputs_match",
+]

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
-from rlef_sandbox.records import Job, Judge, Limits, Result, Test
+from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, Test, Verdict
+from rlef_sandbox.workers import start_workers
 
 
 class Executor:
-    """Runs programs on tests in isolated processes. Threads may share one."""
+    """Runs programs on tests, each test in a process of its own. Threads may share one; forks may not.
+
+    `workers` is how many programs run at once (default: one per core that this process may use). `limits` holds
+    for jobs that bring none. `allow_missing` names isolation layers that may be absent: without it a machine that
+    lacks one is refused.
+
+    Raises ValueError for bad arguments, SandboxFault when the workers cannot be started or isolated.
+    """
 
     def __init__(
         self,
@@ -18,7 +27,13 @@ class Executor:
         limits: Limits | None = None,
         allow_missing: Collection[str] = (),
     ) -> None:
-        raise NotImplementedError
+        if workers is None:
+            workers = len(os.sched_getaffinity(0))
+        if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= _MOST_WORKERS:
+            raise ValueError(f"workers is {workers!r}: give a whole number from 1 to {_MOST_WORKERS}")
+        self._limits = limits or Limits()
+        self._owner = os.getpid()
+        self._supervisor = start_workers(workers, allow_missing=allow_missing)
 
     def run(
         self,
@@ -29,13 +44,26 @@ class Executor:
         limits: Limits | None = None,
         judge: Judge = "code_contests",
     ) -> list[Result]:
-        raise NotImplementedError
+        """Run one program; results in the order of `tests`. See `run_many`."""
+        job = Job(program, tests, limits=limits, stop_at_first_failure=stop_at_first_failure, judge=judge)
+        return self.run_many([job])[0]
 
     def run_many(self, jobs: Sequence[Job]) -> list[list[Result]]:
-        raise NotImplementedError
+        """Run programs side by side; per job, results in the order of its tests.
+
+        With `stop_at_first_failure` the tests after the first failure are `skipped`. The interpreter's lock is
+        released meanwhile, and signals (Ctrl-C) are answered.
+
+        Raises ValueError for an unknown judge, SandboxFault when the sandbox itself failed repeatedly or is closed.
+        """
+        if os.getpid() != self._owner:
+            raise SandboxFault("this executor belongs to the process before the fork: make one here")
+        outcomes = self._supervisor.run(jobs, self._limits)
+        return [[_result(*outcome) for outcome in of_job] for of_job in outcomes]
 
     def close(self) -> None:
-        raise NotImplementedError
+        """End the workers and all that they run. Calls under way raise SandboxFault."""
+        self._supervisor.close()
 
     def __enter__(self) -> Executor:
         return self
@@ -47,3 +75,32 @@ class Executor:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+_MOST_WORKERS = 1024
+
+
+def _result(
+    verdict: str,
+    exit_code: int | None,
+    signal: int | None,
+    stdout: str,
+    stderr: str,
+    stdout_truncated: bool,
+    stderr_truncated: bool,
+    cpu_s: float,
+    wall_s: float,
+    peak_memory_bytes: int,
+) -> Result:
+    return Result(
+        verdict=Verdict(verdict),
+        exit_code=exit_code,
+        signal=signal,
+        stdout=stdout,
+        stderr=stderr,
+        stdout_truncated=stdout_truncated,
+        stderr_truncated=stderr_truncated,
+        cpu_s=cpu_s,
+        wall_s=wall_s,
+        peak_memory_bytes=peak_memory_bytes,
+    )

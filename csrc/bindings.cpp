@@ -1,0 +1,199 @@
+// The only file that knows the interpreter: convert, release its lock, call, convert.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "filter.hpp"
+#include "isolation.hpp"
+#include "judge.hpp"
+#include "policy.hpp"
+#include "supervisor.hpp"
+#include "worker.hpp"
+
+namespace py = pybind11;
+using namespace std::chrono_literals;
+
+namespace {
+
+constexpr auto kSignalPatience = 50ms;  // between looks at the signals of a caller that waits
+
+constexpr std::array kVerdictNames = {"passed",       "wrong_output", "exception", "timeout", "out_of_memory",
+                                      "output_limit", "syntax_error", "security",  "skipped"};
+
+std::string utf8(const py::handle& text) {
+    const auto encoded =
+        py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
+    if (!encoded) throw py::error_already_set();
+    return std::string(PyBytes_AS_STRING(encoded.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr())));
+}
+
+py::object decoded(const std::string& bytes) {
+    auto* text = PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace");
+    if (!text) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(text);
+}
+
+[[noreturn]] void throw_fault(const std::string& what) {
+    const auto fault = py::module_::import("rlef_sandbox.records").attr("SandboxFault");
+    PyErr_SetString(fault.ptr(), what.c_str());
+    throw py::error_already_set();
+}
+
+rlef::Judge judge_named(const std::string& name) {
+    if (name == "code_contests") return rlef::Judge::CodeContests;
+    if (name == "exact") return rlef::Judge::Exact;
+    throw py::value_error("judge is '" + name + "': give 'code_contests' or 'exact'");
+}
+
+rlef::Limits limits_of(const py::handle& limits) {
+    const auto nanoseconds = [&limits](const char* name) {
+        return static_cast<std::int64_t>(limits.attr(name).cast<double>() * 1e9);
+    };
+    const auto whole = [&limits](const char* name) { return limits.attr(name).cast<std::int64_t>(); };
+    return {nanoseconds("cpu_s"),  nanoseconds("wall_limit_s"), whole("memory_bytes"),
+            whole("processes"),    whole("output_bytes"),       whole("kept_output_bytes"),
+            whole("open_files")};
+}
+
+rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
+    const py::object own_limits = job.attr("limits");
+    rlef::Job result{utf8(job.attr("program")),
+                     {},
+                     limits_of(own_limits.is_none() ? default_limits : own_limits),
+                     job.attr("stop_at_first_failure").cast<bool>(),
+                     judge_named(job.attr("judge").cast<std::string>())};
+    for (const auto& test : job.attr("tests")) {
+        result.tests.push_back({utf8(test.attr("input")), utf8(test.attr("expected_output"))});
+    }
+    return result;
+}
+
+/// The arguments of rlef_sandbox.Result, in its order.
+py::tuple outcome_tuple(const rlef::Outcome& outcome) {
+    return py::make_tuple(kVerdictNames[static_cast<std::size_t>(outcome.verdict)], outcome.exit_code, outcome.signal,
+                          decoded(outcome.out), decoded(outcome.err), outcome.out_truncated, outcome.err_truncated,
+                          static_cast<double>(outcome.cpu_ns) / 1e9, static_cast<double>(outcome.wall_ns) / 1e9,
+                          outcome.peak_memory_bytes);
+}
+
+/// Calls `done(patience)` without the interpreter's lock until it is true. Throws what a signal handler raises.
+template <typename Done>
+void wait_interruptibly(Done done) {
+    while (true) {
+        {
+            const py::gil_scoped_release released;
+            if (done(kSignalPatience)) return;
+        }
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+}
+
+py::list run(rlef::Supervisor& supervisor, const py::sequence& jobs, const py::handle& default_limits) {
+    std::vector<rlef::Job> work;
+    for (const auto& job : jobs) work.push_back(job_of(job, default_limits));
+    const auto batch = std::make_shared<rlef::Batch>(std::move(work));
+    supervisor.submit(batch);
+    try {
+        wait_interruptibly([&](auto patience) { return supervisor.wait(*batch, patience); });
+    } catch (...) {
+        supervisor.cancel(batch);
+        throw;
+    }
+    if (!batch->fault.empty()) throw_fault(batch->fault);
+    py::list results;
+    for (const auto& outcomes : batch->outcomes) {
+        py::list of_job;
+        for (const auto& outcome : outcomes) of_job.append(outcome_tuple(outcome));
+        results.append(of_job);
+    }
+    return results;
+}
+
+std::vector<std::pair<std::string, int>> layers(rlef::Supervisor& supervisor) {
+    const auto errors = supervisor.layers();
+    std::vector<std::pair<std::string, int>> named;
+    for (std::size_t i = 0; i < rlef::kLayers; ++i) named.emplace_back(rlef::kLayerNames[i], errors[i]);
+    return named;
+}
+
+/// A worker's life. `compile(bytes)` returns a program or a (text, is_syntax_error, is_memory_error) tuple;
+/// `run(program)` returns (exit code, whether an uncaught MemoryError ended it).
+void serve(int socket, int supervisor, const rlef::FileView& view, const py::function& compile,
+           const py::function& run_program) {
+    py::object program;
+    rlef::Interpreter interpreter;
+    interpreter.before_fork = PyOS_BeforeFork;
+    interpreter.after_fork_in_parent = PyOS_AfterFork_Parent;
+    interpreter.after_fork_in_child = PyOS_AfterFork_Child;
+    interpreter.compile = [&](std::string_view source) {
+        auto compiled = compile(py::bytes(source.data(), source.size()));
+        if (py::isinstance<py::tuple>(compiled)) {
+            const auto [text, syntax, memory] = compiled.cast<std::tuple<std::string, bool, bool>>();
+            throw rlef::CompileError{text, syntax, memory};
+        }
+        program = std::move(compiled);
+    };
+    interpreter.run = [&] {
+        const auto [exit_code, memory_error] = run_program(program).cast<std::pair<int, bool>>();
+        return rlef::Ending{exit_code, memory_error};
+    };
+    rlef::serve(socket, supervisor, view, interpreter);
+}
+
+std::vector<std::tuple<std::uint16_t, std::uint8_t, std::uint8_t, std::uint32_t>> instructions(
+    const rlef::Policy& policy) {
+    std::vector<std::tuple<std::uint16_t, std::uint8_t, std::uint8_t, std::uint32_t>> result;
+    for (const auto& step : rlef::compile(policy)) result.emplace_back(step.code, step.jt, step.jf, step.k);
+    return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+    module.doc() = "The compiled core of rlef_sandbox.";
+
+    module.def(
+        "outputs_match",
+        [](const py::str& expected, const py::str& output, const std::string& judge) {
+            return rlef::outputs_match(judge_named(judge), utf8(expected), utf8(output));
+        },
+        py::arg("expected"), py::arg("output"), py::arg("judge"));
+
+    module.def(
+        "serve",
+        [](int socket, int supervisor, std::vector<std::string> readable, std::vector<std::string> hidden,
+           const py::function& compile, const py::function& run_program) {
+            serve(socket, supervisor, {std::move(readable), std::move(hidden)}, compile, run_program);
+        },
+        py::arg("socket"), py::arg("supervisor"), py::arg("readable"), py::arg("hidden"), py::arg("compile"),
+        py::arg("run"));
+
+    module.def("layer_names", [] { return rlef::kLayerNames; });
+    module.def("worker_filter", [] { return instructions(rlef::worker_policy()); });
+    module.def("test_filter", [](int own_pid) { return instructions(rlef::test_policy(own_pid)); },
+               py::arg("own_pid"));
+
+    py::class_<rlef::Supervisor>(module, "Supervisor")
+        .def(py::init([](std::vector<std::string> arguments, std::vector<std::string> environment, unsigned workers,
+                         std::uint32_t allowed_missing) {
+                 return std::make_unique<rlef::Supervisor>(
+                     rlef::WorkerCommand{std::move(arguments), std::move(environment)}, workers, allowed_missing);
+             }),
+             py::arg("arguments"), py::arg("environment"), py::arg("workers"), py::arg("allowed_missing"))
+        .def("wait_until_ready",
+             [](rlef::Supervisor& supervisor) {
+                 wait_interruptibly([&](auto patience) { return supervisor.wait_until_ready(patience); });
+                 const auto fault = supervisor.fault();
+                 if (!fault.empty()) throw_fault(fault);
+             })
+        .def("run", run, py::arg("jobs"), py::arg("default_limits"))
+        .def("layers", layers)
+        .def("worker_pids", &rlef::Supervisor::worker_pids)
+        .def("restarts", &rlef::Supervisor::restarts)
+        .def("close", &rlef::Supervisor::close, py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,300 @@
+#include "isolation.hpp"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/utsname.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <system_error>
+
+#include "system_calls.hpp"
+#include "unique_fd.hpp"
+
+namespace rlef {
+
+const std::array<const char*, kLayers> kLayerNames = {"unprivileged_user", "mount_namespace",   "pid_namespace",
+                                                      "network_namespace", "ipc_namespace",     "uts_namespace",
+                                                      "landlock"};
+
+namespace {
+
+constexpr uid_t kFirstOwnUser = 2'000'000'000;  // plus the pid: a user that nobody else is
+constexpr uid_t kNobody = 65534;
+
+[[noreturn]] void fail(const char* step) { throw std::system_error(errno, std::generic_category(), step); }
+
+void must(bool succeeded, const char* step) {
+    if (!succeeded) fail(step);
+}
+
+std::uint64_t bit(int capability) { return std::uint64_t{1} << capability; }
+
+bool has_capability(int capability) {
+    __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
+    __user_cap_data_struct data[2] = {};
+    must(::syscall(SYS_capget, &header, data) == 0, "capget");
+    return (data[capability / 32].effective >> (capability % 32)) & 1;
+}
+
+void keep_capabilities(std::uint64_t kept) {
+    __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
+    __user_cap_data_struct data[2] = {};
+    for (int word = 0; word < 2; ++word) {
+        data[word].permitted = data[word].effective = static_cast<std::uint32_t>(kept >> (32 * word));
+    }
+    must(::syscall(SYS_capset, &header, data) == 0, "capset");
+}
+
+void empty_bounding_set() {
+    for (int capability = 0; ::prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0; ++capability) {
+        must(::prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0, "PR_CAPBSET_DROP");
+    }
+}
+
+void become(uid_t user) {
+    must(::setgroups(0, nullptr) == 0, "setgroups");
+    must(::setresgid(user, user, user) == 0, "setresgid");
+    must(::setresuid(user, user, user) == 0, "setresuid");
+}
+
+/// Does what may have no way back. Returns 0, or the errno of the system_error that it threw.
+template <typename Steps>
+int try_in_child(Steps steps) {
+    const pid_t child = ::fork();
+    must(child >= 0, "fork");
+    if (child == 0) {
+        try {
+            steps();
+        } catch (const std::system_error& error) {
+            ::_exit(error.code().value());
+        }
+        ::_exit(0);
+    }
+    int status = 0;
+    must(::waitpid(child, &status, 0) == child, "waitpid");
+    return WEXITSTATUS(status);
+}
+
+void choose_user(Isolation& isolation) {
+    isolation.user = ::geteuid();
+    if (isolation.user != 0) return;
+    int error = EPERM;
+    for (const uid_t candidate : {kFirstOwnUser + static_cast<uid_t>(::getpid()), kNobody}) {
+        error = try_in_child([candidate] { become(candidate); });
+        if (error == 0) {
+            isolation.user = candidate;
+            isolation.change_user = true;
+            isolation.count_processes = candidate != kNobody;
+            isolation.processes_of_ours = 1;  // the solution process
+            return;
+        }
+    }
+    isolation.errors[static_cast<unsigned>(Layer::UnprivilegedUser)] = error;
+}
+
+void write_file(const char* path, const std::string& text) {
+    const UniqueFd file(::open(path, O_WRONLY | O_CLOEXEC));
+    must(static_cast<bool>(file), path);
+    must(::write(file.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size()), path);
+}
+
+/// RLIMIT_NPROC counts per user namespace since Linux 5.14; before, an ordinary user's other processes count too.
+bool kernel_counts_per_namespace() {
+    utsname name{};
+    int major = 0, minor = 0;
+    if (::uname(&name) != 0 || std::sscanf(name.release, "%d.%d", &major, &minor) != 2) return false;
+    return major > 5 || (major == 5 && minor >= 14);
+}
+
+void map_own_user() {
+    const auto user = std::to_string(::geteuid());
+    const auto group = std::to_string(::getegid());
+    must(::unshare(CLONE_NEWUSER) == 0, "unshare");
+    write_file("/proc/self/setgroups", "deny");
+    write_file("/proc/self/uid_map", user + " " + user + " 1");
+    write_file("/proc/self/gid_map", group + " " + group + " 1");
+}
+
+/// A user namespace of our own, for the right to make the other ones. Some systems grant one that is worth nothing,
+/// so a child tries first. Returns 0 or errno.
+int enter_user_namespace(Isolation& isolation) {
+    const int error = try_in_child([] {
+        map_own_user();
+        must(::unshare(CLONE_NEWNS) == 0, "unshare");
+        must(::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0, "make mounts private");
+    });
+    if (error) return error;
+    map_own_user();
+    isolation.count_processes = kernel_counts_per_namespace();
+    isolation.processes_of_ours = 2;  // the worker and the solution process
+    return 0;
+}
+
+struct MountAttributes {  // struct mount_attr, which older headers lack
+    std::uint64_t set;
+    std::uint64_t clear;
+    std::uint64_t propagation;
+    std::uint64_t user_namespace;
+};
+
+constexpr std::uint64_t kReadOnly = 0x1 | 0x2 | 0x4;  // MOUNT_ATTR_RDONLY | NOSUID | NODEV
+constexpr unsigned kCloneTree = 0x1 | O_CLOEXEC | AT_EMPTY_PATH | AT_RECURSIVE;
+constexpr unsigned kFromDescriptor = 0x4;  // MOVE_MOUNT_F_EMPTY_PATH
+
+void make_read_only(int folder, const char* path, unsigned flags) {
+    const MountAttributes attributes{kReadOnly, 0, 0, 0};
+    must(::syscall(SYS_mount_setattr, folder, path, flags, &attributes, sizeof attributes) == 0, "mount_setattr");
+}
+
+/// "/usr/lib" -> "usr/lib", below the current folder.
+const char* relative(const std::string& path) { return path.c_str() + 1; }
+
+void make_place(const std::string& path, bool is_folder) {
+    for (auto slash = path.find('/', 1); slash != std::string::npos; slash = path.find('/', slash + 1)) {
+        must(::mkdir(relative(path.substr(0, slash)), 0755) == 0 || errno == EEXIST, "mkdir");
+    }
+    if (is_folder) {
+        must(::mkdir(relative(path), 0755) == 0 || errno == EEXIST, "mkdir");
+    } else {
+        must(static_cast<bool>(UniqueFd(::open(relative(path), O_WRONLY | O_CREAT | O_CLOEXEC, 0644))), "open");
+    }
+}
+
+/// Replaces the root by an empty, read-only one that holds the readable paths and nothing else.
+void replace_root(const FileView& view) {
+    must(::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0, "make mounts private");
+    std::vector<UniqueFd> trees;
+    for (const auto& path : view.readable) {
+        trees.emplace_back(
+            static_cast<int>(::syscall(SYS_open_tree, AT_FDCWD, path.c_str(), kCloneTree & ~AT_EMPTY_PATH)));
+        must(static_cast<bool>(trees.back()), "open_tree");
+    }
+    const char* place = view.readable.front().c_str();  // any folder would do; it need not be empty
+    const auto place_options = "size=1m,mode=755";
+    must(::mount("none", place, "tmpfs", MS_NOSUID | MS_NODEV, place_options) == 0, "mount tmpfs");
+    must(::chdir(place) == 0, "chdir");
+    for (std::size_t i = 0; i < trees.size(); ++i) {
+        const auto& path = view.readable[i];
+        struct stat facts{};
+        must(::fstat(trees[i].get(), &facts) == 0, "fstat");
+        make_place(path, S_ISDIR(facts.st_mode));
+        must(::syscall(SYS_move_mount, trees[i].get(), "", AT_FDCWD, relative(path), kFromDescriptor) == 0, "move_mount");
+    }
+    for (const auto& path : view.hidden) {
+        must(::mount("none", relative(path), "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=755") == 0, "mount tmpfs");
+    }
+    make_read_only(AT_FDCWD, ".", AT_RECURSIVE);
+    must(::syscall(SYS_pivot_root, ".", ".") == 0, "pivot_root");
+    must(::umount2(".", MNT_DETACH) == 0, "umount2");
+    must(::chdir("/") == 0, "chdir");
+}
+
+struct LandlockRuleset {  // struct landlock_ruleset_attr, of which older headers know a part
+    std::uint64_t files;
+    std::uint64_t network;
+    std::uint64_t scoped;
+};
+
+struct __attribute__((packed)) LandlockPath {
+    std::uint64_t allowed;
+    std::int32_t parent;
+};
+
+constexpr std::uint64_t kReadFile = 1 << 2, kReadFolder = 1 << 3;
+
+std::uint64_t file_rights(long version) {
+    if (version >= 5) return (1 << 16) - 1;
+    if (version >= 3) return (1 << 15) - 1;
+    return version == 2 ? (1 << 14) - 1 : (1 << 13) - 1;
+}
+
+/// Files can be read below the readable paths, and nothing else. Returns 0 or errno.
+int restrict_files(const FileView& view) {
+    const long version = ::syscall(SYS_landlock_create_ruleset, nullptr, 0, 1);
+    if (version < 0) return errno;
+    const LandlockRuleset ruleset{file_rights(version), version >= 4 ? 3u : 0u, version >= 6 ? 3u : 0u};
+    const std::size_t known = version >= 6 ? 24 : version >= 4 ? 16 : 8;
+    const UniqueFd rules(static_cast<int>(::syscall(SYS_landlock_create_ruleset, &ruleset, known, 0)));
+    if (!rules) return errno;
+    for (const auto& path : view.readable) {
+        const UniqueFd parent(::open(path.c_str(), O_PATH | O_CLOEXEC));
+        must(static_cast<bool>(parent), "open a readable path");
+        struct stat facts{};
+        must(::fstat(parent.get(), &facts) == 0, "fstat");
+        const LandlockPath rule{S_ISDIR(facts.st_mode) ? kReadFile | kReadFolder : kReadFile, parent.get()};
+        must(::syscall(SYS_landlock_add_rule, rules.get(), 1, &rule, 0) == 0, "landlock_add_rule");
+    }
+    return ::syscall(SYS_landlock_restrict_self, rules.get(), 0) == 0 ? 0 : errno;
+}
+
+/// Whether a child may have a pid namespace of its own. Returns 0 or errno.
+int try_pid_namespace() {
+    const long child = ::syscall(SYS_clone, CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0);
+    if (child == 0) ::_exit(0);
+    if (child < 0) return errno;
+    must(::waitpid(static_cast<pid_t>(child), nullptr, 0) == child, "waitpid");
+    return 0;
+}
+
+struct NamespaceLayer {
+    Layer layer;
+    int flag;
+};
+
+constexpr NamespaceLayer kUnshared[] = {
+    {Layer::MountNamespace, CLONE_NEWNS},
+    {Layer::NetworkNamespace, CLONE_NEWNET},
+    {Layer::IpcNamespace, CLONE_NEWIPC},
+    {Layer::UtsNamespace, CLONE_NEWUTS},
+};
+
+void enter_namespaces(Isolation& isolation) {
+    const int refused = has_capability(CAP_SYS_ADMIN) ? 0 : enter_user_namespace(isolation);
+    for (const auto& [layer, flag] : kUnshared) {
+        isolation.errors[static_cast<unsigned>(layer)] = refused ? refused : ::unshare(flag) == 0 ? 0 : errno;
+    }
+    const int pid_error = refused ? refused : try_pid_namespace();
+    isolation.errors[static_cast<unsigned>(Layer::PidNamespace)] = pid_error;
+    isolation.pid_namespace = pid_error == 0;
+}
+
+bool holds(const Isolation& isolation, Layer layer) { return isolation.errors[static_cast<unsigned>(layer)] == 0; }
+
+}  // namespace
+
+Isolation isolate(const FileView& view) {
+    Isolation isolation;
+    choose_user(isolation);
+    if (isolation.change_user && !has_capability(CAP_SYS_ADMIN)) {  // root of a container: leave it now
+        become(isolation.user);
+        must(::prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0, "PR_SET_DUMPABLE");  // or our own /proc is closed to us
+        isolation.change_user = false;
+        isolation.processes_of_ours = 2;
+    }
+    enter_namespaces(isolation);
+    if (holds(isolation, Layer::MountNamespace)) replace_root(view);
+    must(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS");
+    isolation.errors[static_cast<unsigned>(Layer::Landlock)] = restrict_files(view);
+    if (has_capability(CAP_SETPCAP)) empty_bounding_set();
+    std::uint64_t kept = isolation.pid_namespace ? bit(CAP_SYS_ADMIN) : 0;
+    if (isolation.change_user) kept |= bit(CAP_SETUID) | bit(CAP_SETGID);
+    keep_capabilities(kept);
+    return isolation;
+}
+
+void drop_privileges(const Isolation& isolation) {
+    if (isolation.change_user) become(isolation.user);
+    keep_capabilities(0);
+}
+
+}  // namespace rlef

@@ -1,0 +1,535 @@
+#include "supervisor.hpp"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <system_error>
+
+namespace rlef {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr int kWorkerSocket = 3;
+constexpr unsigned kMostAttempts = 3;
+constexpr unsigned kMostFailedStarts = 3;
+constexpr std::size_t kTestsAhead = 2;  // one runs while the next already waits in the socket
+constexpr auto kStartPatience = 60s;
+constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, and a machine under load
+
+[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
+
+void must(bool succeeded, const char* what) {
+    if (!succeeded) fail(what);
+}
+
+/// An anonymous file. Its offset stays at the beginning, where the program will read or write.
+UniqueFd memory_file(const char* name, unsigned flags = 0) {
+    UniqueFd file(::memfd_create(name, MFD_CLOEXEC | flags));
+    must(static_cast<bool>(file), "memfd_create");
+    return file;
+}
+
+/// A file that nobody can change any more.
+UniqueFd sealed_file(const char* name, std::string_view text) {
+    auto file = memory_file(name, MFD_ALLOW_SEALING);
+    for (std::size_t at = 0; at < text.size();) {
+        const ssize_t size = ::pwrite(file.get(), text.data() + at, text.size() - at, static_cast<off_t>(at));
+        must(size > 0 || errno == EINTR, "write a test's input");
+        if (size > 0) at += static_cast<std::size_t>(size);
+    }
+    constexpr int kSeals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
+    must(::fcntl(file.get(), F_ADD_SEALS, kSeals) == 0, "seal a test's input");
+    return file;
+}
+
+std::size_t size_of(const UniqueFd& file) {
+    struct stat facts{};
+    must(::fstat(file.get(), &facts) == 0, "fstat");
+    return static_cast<std::size_t>(facts.st_size);
+}
+
+std::string read_range(const UniqueFd& file, std::size_t begin, std::size_t end) {
+    std::string text(end - begin, '\0');
+    for (std::size_t at = 0; at < text.size();) {
+        const ssize_t size = ::pread(file.get(), &text[at], text.size() - at, static_cast<off_t>(begin + at));
+        must(size > 0 || errno == EINTR, "read a program's output");
+        if (size > 0) at += static_cast<std::size_t>(size);
+    }
+    return text;
+}
+
+struct Streams {
+    UniqueFd out;
+    UniqueFd err;
+};
+
+/// The verdict that needs no look at the output. Empty when the program ended well.
+std::optional<Verdict> verdict_of_ending(const Report& report, const Limits& limits, std::int64_t bare_memory) {
+    const bool signalled = WIFSIGNALED(report.wait_status);
+    const int signal = signalled ? WTERMSIG(report.wait_status) : 0;
+    if (signal == SIGSYS) return Verdict::Security;
+    if (signal == SIGXFSZ) return Verdict::OutputLimit;
+    if (report.peak_memory_bytes > bare_memory + limits.memory_bytes) return Verdict::OutOfMemory;
+    if (report.stopped != Report::Stopped::No || signal == SIGXCPU || report.cpu_ns > limits.cpu_ns) {
+        return Verdict::Timeout;
+    }
+    if (signalled || WEXITSTATUS(report.wait_status) != 0) {
+        return report.memory_error ? Verdict::OutOfMemory : Verdict::Exception;
+    }
+    return std::nullopt;
+}
+
+void note_status(Outcome& outcome, int wait_status) {
+    if (WIFSIGNALED(wait_status)) {
+        outcome.signal = WTERMSIG(wait_status);
+    } else {
+        outcome.exit_code = WEXITSTATUS(wait_status);
+    }
+}
+
+Outcome judge(const Report& report, const Streams& streams, const Job& job, const TestCase& test,
+              std::int64_t bare_memory) {
+    Outcome outcome;
+    note_status(outcome, report.wait_status);
+    outcome.cpu_ns = report.cpu_ns;
+    outcome.wall_ns = report.wall_ns;
+    outcome.peak_memory_bytes = report.peak_memory_bytes;
+    const auto kept = static_cast<std::size_t>(job.limits.kept_output_bytes);
+    const auto out_size = size_of(streams.out);
+    const auto err_size = size_of(streams.err);
+    const auto ending = verdict_of_ending(report, job.limits, bare_memory);
+    outcome.out = read_range(streams.out, 0, ending ? std::min(kept, out_size) : out_size);
+    if (ending) {
+        outcome.verdict = *ending;
+    } else {
+        const bool accepted = outputs_match(job.judge, test.expected_output, outcome.out);
+        outcome.verdict = accepted ? Verdict::Passed : Verdict::WrongOutput;
+        if (out_size > kept) outcome.out.resize(kept);
+    }
+    outcome.out_truncated = out_size > kept;
+    outcome.err = read_range(streams.err, err_size - std::min(kept, err_size), err_size);
+    outcome.err_truncated = err_size > kept;
+    return outcome;
+}
+
+/// What every test of a program says that could not be compiled.
+Outcome not_compiled(const Message<Report>& report) {
+    Outcome outcome;
+    outcome.verdict = report.header.syntax_error   ? Verdict::SyntaxError
+                      : report.header.memory_error ? Verdict::OutOfMemory
+                                                   : Verdict::Exception;
+    outcome.exit_code = 1;
+    outcome.err = report.text;
+    return outcome;
+}
+
+std::vector<char*> pointers(const std::vector<std::string>& strings) {
+    std::vector<char*> result;
+    for (const auto& string : strings) result.push_back(const_cast<char*>(string.c_str()));
+    result.push_back(nullptr);
+    return result;
+}
+
+/// posix_spawn's two records.
+class SpawnSettings {
+  public:
+    SpawnSettings() {
+        ::posix_spawn_file_actions_init(&actions);
+        ::posix_spawnattr_init(&attributes);
+        sigset_t none, all;
+        ::sigemptyset(&none);
+        ::sigfillset(&all);
+        ::posix_spawnattr_setsigmask(&attributes, &none);
+        ::posix_spawnattr_setsigdefault(&attributes, &all);
+        // A session of its own: no terminal, and the user's Ctrl-C is for us alone.
+        ::posix_spawnattr_setflags(&attributes,
+                                   POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSID);
+    }
+    ~SpawnSettings() {
+        ::posix_spawn_file_actions_destroy(&actions);
+        ::posix_spawnattr_destroy(&attributes);
+    }
+    SpawnSettings(const SpawnSettings&) = delete;
+    SpawnSettings& operator=(const SpawnSettings&) = delete;
+
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+};
+
+void block_all_signals() {
+    sigset_t all;
+    ::sigfillset(&all);
+    ::pthread_sigmask(SIG_BLOCK, &all, nullptr);
+}
+
+std::string last_line(std::string text) {
+    while (!text.empty() && text.back() == '\n') text.pop_back();
+    return text.substr(text.rfind('\n') + 1);
+}
+
+}  // namespace
+
+/// One worker process and what it is doing.
+struct WorkerSlot {
+    enum class State { Absent, Starting, Idle, Busy };
+    State state = State::Absent;
+    pid_t pid = -1;
+    UniqueFd socket;
+    UniqueFd log;  // the worker's standard error
+    unsigned failed_starts = 0;
+    std::chrono::steady_clock::time_point deadline;
+
+    std::shared_ptr<Batch> batch;
+    std::size_t job_index = 0;
+    unsigned attempts = 0;
+    std::size_t next_to_send = 0;
+    std::size_t next_to_report = 0;
+    std::deque<Streams> streams;  // of the tests sent and not reported
+
+    const Job& job() const { return batch->jobs[job_index]; }
+    std::vector<Outcome>& outcomes() const { return batch->outcomes[job_index]; }
+};
+
+Supervisor::Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing)
+    : command_(std::move(command)),
+      allowed_missing_(allowed_missing),
+      owner_(::getpid()),
+      wake_up_(::eventfd(0, EFD_CLOEXEC)) {
+    must(static_cast<bool>(wake_up_), "eventfd");
+    for (unsigned i = 0; i < workers; ++i) slots_.push_back(std::make_unique<WorkerSlot>());
+    thread_ = std::thread([this] { supervise(); });
+}
+
+Supervisor::~Supervisor() { close(); }
+
+bool Supervisor::wait_until_ready(std::chrono::milliseconds patience) {
+    Lock lock(mutex_);
+    return changed_.wait_for(lock, patience, [this] {
+        return !fault_.empty() || std::all_of(slots_.begin(), slots_.end(), [](const auto& slot) {
+            return slot->state == WorkerSlot::State::Idle || slot->state == WorkerSlot::State::Busy;
+        });
+    });
+}
+
+std::string Supervisor::fault() {
+    const Lock lock(mutex_);
+    return fault_;
+}
+
+LayerErrors Supervisor::layers() {
+    const Lock lock(mutex_);
+    return layers_;
+}
+
+std::vector<pid_t> Supervisor::worker_pids() {
+    const Lock lock(mutex_);
+    std::vector<pid_t> pids;
+    for (const auto& slot : slots_) {
+        if (slot->pid > 0) pids.push_back(slot->pid);
+    }
+    return pids;
+}
+
+std::uint64_t Supervisor::restarts() {
+    const Lock lock(mutex_);
+    return restarts_;
+}
+
+void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
+    const Lock lock(mutex_);
+    if (closing_) batch->fault = "the executor is closed";
+    if (!fault_.empty()) batch->fault = fault_;
+    if (!batch->fault.empty()) return;
+    for (std::size_t i = 0; i < batch->jobs.size(); ++i) {
+        if (batch->jobs[i].tests.empty()) {
+            --batch->remaining;
+        } else {
+            queue_.push_back({batch, i, 0, 0});
+        }
+    }
+    wake();
+}
+
+bool Supervisor::wait(const Batch& batch, std::chrono::milliseconds patience) {
+    Lock lock(mutex_);
+    return changed_.wait_for(lock, patience, [&batch] { return batch.remaining == 0 || !batch.fault.empty(); });
+}
+
+void Supervisor::cancel(const std::shared_ptr<Batch>& batch) {
+    const Lock lock(mutex_);
+    batch->cancelled = true;
+    wake();
+}
+
+void Supervisor::close() {
+    if (::getpid() != owner_) {  // a fork has the object, but not its thread nor its workers
+        if (thread_.joinable()) thread_.detach();
+        return;
+    }
+    {
+        const Lock lock(mutex_);
+        closing_ = true;
+        wake();
+    }
+    if (thread_.joinable()) thread_.join();
+}
+
+void Supervisor::wake() {
+    const std::uint64_t one = 1;
+    [[maybe_unused]] const auto written = ::write(wake_up_.get(), &one, sizeof one);  // full means: awake already
+}
+
+void Supervisor::supervise() {
+    block_all_signals();
+    Lock lock(mutex_);
+    try {
+        while (!closing_) {
+            for (auto& slot : slots_) {
+                if (slot->state == WorkerSlot::State::Absent && fault_.empty()) start(*slot);
+            }
+            assign_jobs();
+            lock.unlock();
+            wait_for_events();
+            lock.lock();
+            for (auto& slot : slots_) {
+                if (slot->batch && slot->batch->cancelled) stop(*slot);
+                if (slot->state != WorkerSlot::State::Absent) read_reports(*slot);
+            }
+        }
+        fail_everything("the executor was closed");
+    } catch (const std::exception& error) {
+        fail_everything(std::string("the executor's supervisor failed: ") + error.what());
+    }
+    for (auto& slot : slots_) stop(*slot);
+}
+
+void Supervisor::wait_for_events() {
+    std::vector<pollfd> events{{wake_up_.get(), POLLIN, 0}};
+    auto until = Clock::now() + 1h;
+    for (const auto& slot : slots_) {  // slots change in this thread only, so looking needs no lock
+        if (!slot->socket) continue;
+        events.push_back({slot->socket.get(), POLLIN, 0});
+        if (slot->state != WorkerSlot::State::Idle) until = std::min(until, slot->deadline);
+    }
+    const auto patience = std::chrono::ceil<std::chrono::milliseconds>(until - Clock::now()).count();
+    ::poll(events.data(), events.size(), static_cast<int>(std::max<std::int64_t>(patience, 0)));
+    if (events.front().revents) {
+        std::uint64_t count;
+        [[maybe_unused]] const auto size = ::read(wake_up_.get(), &count, sizeof count);
+    }
+}
+
+void Supervisor::start(WorkerSlot& slot) {
+    int ends[2];
+    must(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0, "socketpair");
+    slot.socket = UniqueFd(ends[0]);
+    const UniqueFd theirs(ends[1]);
+    slot.log = memory_file("worker log");
+    SpawnSettings settings;
+    for (const int stream : {0, 1}) {
+        ::posix_spawn_file_actions_addopen(&settings.actions, stream, "/dev/null", O_RDWR, 0);
+    }
+    ::posix_spawn_file_actions_adddup2(&settings.actions, slot.log.get(), 2);
+    ::posix_spawn_file_actions_adddup2(&settings.actions, theirs.get(), kWorkerSocket);
+    const int error = ::posix_spawn(&slot.pid, command_.arguments.front().c_str(), &settings.actions,
+                                    &settings.attributes, pointers(command_.arguments).data(),
+                                    pointers(command_.environment).data());
+    if (error) throw std::system_error(error, std::generic_category(), "start " + command_.arguments.front());
+    slot.state = WorkerSlot::State::Starting;
+    slot.deadline = Clock::now() + kStartPatience;
+}
+
+void Supervisor::stop(WorkerSlot& slot) {
+    if (slot.pid > 0) {  // its children die with it
+        ::kill(slot.pid, SIGKILL);
+        while (::waitpid(slot.pid, nullptr, 0) < 0 && errno == EINTR) {
+        }
+    }
+    const auto failed_starts = slot.failed_starts;
+    slot = WorkerSlot{};
+    slot.failed_starts = failed_starts;
+}
+
+void Supervisor::assign_jobs() {
+    for (auto& slot : slots_) {
+        while (slot->state == WorkerSlot::State::Idle && !queue_.empty()) {
+            auto job = std::move(queue_.front());
+            queue_.pop_front();
+            if (!job.batch->cancelled && job.batch->fault.empty()) give(*slot, std::move(job));
+        }
+    }
+}
+
+void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
+    slot.batch = std::move(job.batch);
+    slot.job_index = job.index;
+    slot.attempts = job.attempts + 1;
+    slot.next_to_send = slot.next_to_report = job.first_test;
+    slot.state = WorkerSlot::State::Busy;
+    try {
+        const auto source = sealed_file("solution.py", slot.job().program);
+        const Request request{Request::Kind::Program, 0, slot.job().limits};
+        if (send_message(slot.socket.get(), request, {}, {source.get()})) send_tests(slot);
+        // A worker that is gone shows itself when its reports are read.
+    } catch (const std::system_error& error) {
+        handle_death(slot, error.what());
+    }
+}
+
+void Supervisor::send_tests(WorkerSlot& slot) {
+    const auto& job = slot.job();
+    const std::size_t ahead = job.stop_at_first_failure ? 1 : kTestsAhead;
+    while (slot.next_to_send < job.tests.size() && slot.streams.size() < ahead) {
+        const auto input = sealed_file("input", job.tests[slot.next_to_send].input);
+        Streams streams{memory_file("output"), memory_file("error")};
+        const Request request{Request::Kind::Test, 0, job.limits};
+        const std::vector<int> fds{input.get(), streams.out.get(), streams.err.get()};
+        if (!send_message(slot.socket.get(), request, {}, fds)) return;
+        slot.streams.push_back(std::move(streams));
+        ++slot.next_to_send;
+    }
+    slot.deadline = Clock::now() + std::chrono::nanoseconds(job.limits.wall_ns) + kReportPatience;
+}
+
+void Supervisor::read_reports(WorkerSlot& slot) {
+    try {
+        while (slot.socket) {
+            auto report = receive_report(slot.socket.get(), MSG_DONTWAIT);
+            if (!report) {
+                const auto log = last_line(read_range(slot.log, 0, size_of(slot.log)));
+                handle_death(slot, log.empty() ? "it ended" : log);
+                return;
+            }
+            handle(slot, std::move(*report));
+        }
+    } catch (const std::system_error& error) {
+        const int code = error.code().value();
+        if (code != EAGAIN && code != EWOULDBLOCK) {
+            handle_death(slot, error.what());
+        } else if (slot.state != WorkerSlot::State::Idle && Clock::now() > slot.deadline) {
+            handle_death(slot, "it did not answer in time");
+        }
+    }
+}
+
+void Supervisor::handle(WorkerSlot& slot, Message<Report> report) {
+    switch (report.header.kind) {
+        case Report::Kind::Ready:
+            return handle_ready(slot, report.header);
+        case Report::Kind::Finished:
+            return handle_finished(slot, report.header);
+        case Report::Kind::NotCompiled:
+            return handle_end_of_program(slot, not_compiled(report));
+        case Report::Kind::Died: {
+            const int status = report.header.wait_status;
+            if (report.header.compiled || !WIFSIGNALED(status)) {
+                return handle_death(slot, "a solution process ended with status " + std::to_string(status));
+            }
+            Outcome outcome;  // the compiler itself crashed on this source
+            note_status(outcome, status);
+            outcome.verdict = WTERMSIG(status) == SIGXCPU ? Verdict::Timeout : Verdict::Exception;
+            return handle_end_of_program(slot, outcome);
+        }
+        case Report::Kind::CannotIsolate:
+            if (slot.state == WorkerSlot::State::Starting) {
+                return fail_everything("a worker could not isolate itself: " + report.text);
+            }
+            return handle_death(slot, report.text);
+    }
+}
+
+void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
+    layers_ = report.layers;
+    bare_memory_bytes_ = report.bare_memory_bytes;
+    std::string missing;
+    for (std::size_t layer = 0; layer < kLayers; ++layer) {
+        if (report.layers[layer] == 0 || (allowed_missing_ >> layer) & 1) continue;
+        missing += (missing.empty() ? "" : ", ");
+        missing += "'" + std::string(kLayerNames[layer]) + "'";
+    }
+    if (!missing.empty()) {
+        return fail_everything("this machine does not give the isolation layers {" + missing +
+                               "}: mend that, or accept it with allow_missing={" + missing + "}");
+    }
+    slot.failed_starts = 0;
+    slot.state = WorkerSlot::State::Idle;
+    changed_.notify_all();
+}
+
+void Supervisor::handle_finished(WorkerSlot& slot, const Report& report) {
+    if (slot.streams.empty()) return;
+    const auto& job = slot.job();
+    const auto& test = job.tests[slot.next_to_report];
+    auto outcome = judge(report, slot.streams.front(), job, test, bare_memory_bytes_);
+    const bool failed = outcome.verdict != Verdict::Passed;
+    slot.streams.pop_front();
+    slot.outcomes()[slot.next_to_report++] = std::move(outcome);
+    if (slot.next_to_report == job.tests.size() || (failed && job.stop_at_first_failure)) {
+        const Request end{Request::Kind::End, 0, job.limits};
+        send_message(slot.socket.get(), end, {}, {});
+        return finish_job(slot);
+    }
+    send_tests(slot);
+}
+
+/// A program that was never run: every test says the same, or the first one where the rest is skipped.
+void Supervisor::handle_end_of_program(WorkerSlot& slot, const Outcome& outcome) {
+    auto& outcomes = slot.outcomes();
+    const auto last = slot.job().stop_at_first_failure ? slot.next_to_report + 1 : outcomes.size();
+    std::fill(outcomes.begin() + static_cast<std::ptrdiff_t>(slot.next_to_report),
+              outcomes.begin() + static_cast<std::ptrdiff_t>(last), outcome);
+    finish_job(slot);
+}
+
+void Supervisor::finish_job(WorkerSlot& slot) {
+    --slot.batch->remaining;
+    if (slot.batch->remaining == 0) changed_.notify_all();
+    slot.batch.reset();
+    slot.streams.clear();
+    slot.state = WorkerSlot::State::Idle;
+    assign_jobs();
+}
+
+void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
+    const bool starting = slot.state == WorkerSlot::State::Starting;
+    const auto fault = "an executor worker failed: " + why;
+    if (slot.batch) {
+        if (slot.attempts >= kMostAttempts) {
+            fail_batch(*slot.batch, fault + " (" + std::to_string(slot.attempts) + " attempts)");
+        } else {
+            queue_.push_front({slot.batch, slot.job_index, slot.attempts, slot.next_to_report});
+        }
+    }
+    stop(slot);
+    ++restarts_;
+    if (starting && ++slot.failed_starts >= kMostFailedStarts) fail_everything(fault);
+}
+
+void Supervisor::fail_batch(Batch& batch, const std::string& fault) {
+    if (batch.fault.empty()) batch.fault = fault;
+    changed_.notify_all();
+}
+
+void Supervisor::fail_everything(const std::string& fault) {
+    if (fault_.empty()) fault_ = fault;
+    for (auto& job : queue_) fail_batch(*job.batch, fault);
+    queue_.clear();
+    for (auto& slot : slots_) {
+        if (slot->batch) fail_batch(*slot->batch, fault);
+        stop(*slot);
+    }
+    changed_.notify_all();
+}
+
+}  // namespace rlef

@@ -1,0 +1,156 @@
+#pragma once
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "isolation.hpp"
+#include "judge.hpp"
+#include "limits.hpp"
+#include "message.hpp"
+#include "unique_fd.hpp"
+
+namespace rlef {
+
+enum class Verdict {
+    Passed,
+    WrongOutput,
+    Exception,
+    Timeout,
+    OutOfMemory,
+    OutputLimit,
+    SyntaxError,
+    Security,
+    Skipped,
+};
+
+struct TestCase {
+    std::string input;
+    std::string expected_output;
+};
+
+/// One program and the tests to run it on.
+struct Job {
+    std::string program;
+    std::vector<TestCase> tests;
+    Limits limits;
+    bool stop_at_first_failure;
+    Judge judge;
+};
+
+/// One program on one test.
+struct Outcome {
+    Verdict verdict = Verdict::Skipped;
+    std::optional<int> exit_code;
+    std::optional<int> signal;
+    std::string out;  // standard output: its beginning
+    std::string err;  // standard error: its end
+    bool out_truncated = false;
+    bool err_truncated = false;
+    std::int64_t cpu_ns = 0;
+    std::int64_t wall_ns = 0;
+    std::int64_t peak_memory_bytes = 0;
+};
+
+/// Jobs that one caller waits for together. Guarded by the supervisor's mutex once submitted.
+struct Batch {
+    explicit Batch(std::vector<Job> work) : jobs(std::move(work)), remaining(jobs.size()) {
+        for (const auto& job : jobs) outcomes.emplace_back(job.tests.size());
+    }
+
+    const std::vector<Job> jobs;
+    std::vector<std::vector<Outcome>> outcomes;
+    std::size_t remaining;  // jobs
+    std::string fault;      // not empty: the machine failed, and no outcome counts
+    bool cancelled = false;
+};
+
+/// How a worker is started.
+struct WorkerCommand {
+    std::vector<std::string> arguments;  // the first is the interpreter's path
+    std::vector<std::string> environment;
+};
+
+struct WorkerSlot;
+
+/// Keeps the workers, hands them programs and tests, and judges what comes back. One thread of its own; any thread
+/// may call. It never touches the interpreter of the process that it lives in.
+class Supervisor {
+  public:
+    /// Starts the workers; `wait_until_ready` says when they are. Throws std::system_error.
+    Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing);
+    ~Supervisor();
+    Supervisor(const Supervisor&) = delete;
+    Supervisor& operator=(const Supervisor&) = delete;
+
+    /// True when every worker is ready or the supervisor has failed; false after `patience`.
+    bool wait_until_ready(std::chrono::milliseconds patience);
+    /// Not empty: no work will be done any more, and why.
+    std::string fault();
+    LayerErrors layers();
+    std::vector<pid_t> worker_pids();
+    std::uint64_t restarts();
+
+    void submit(const std::shared_ptr<Batch>& batch);
+    /// True when the batch is done or has a fault; false after `patience`.
+    bool wait(const Batch& batch, std::chrono::milliseconds patience);
+    void cancel(const std::shared_ptr<Batch>& batch);
+    /// Ends all workers. Batches under way get a fault.
+    void close();
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    using Lock = std::unique_lock<std::mutex>;
+
+    struct QueuedJob {
+        std::shared_ptr<Batch> batch;
+        std::size_t index;
+        unsigned attempts;
+        std::size_t first_test;  // those before have their outcome
+    };
+
+    void supervise();
+    void start(WorkerSlot& slot);
+    void stop(WorkerSlot& slot);
+    void assign_jobs();
+    void give(WorkerSlot& slot, QueuedJob job);
+    void send_tests(WorkerSlot& slot);
+    void read_reports(WorkerSlot& slot);
+    void handle(WorkerSlot& slot, Message<Report> report);
+    void handle_ready(WorkerSlot& slot, const Report& report);
+    void handle_finished(WorkerSlot& slot, const Report& report);
+    void handle_end_of_program(WorkerSlot& slot, const Outcome& outcome);
+    void handle_death(WorkerSlot& slot, const std::string& why);
+    void finish_job(WorkerSlot& slot);
+    void fail_batch(Batch& batch, const std::string& fault);
+    void fail_everything(const std::string& fault);
+    void wait_for_events();
+    void wake();
+
+    const WorkerCommand command_;
+    const std::uint32_t allowed_missing_;
+    const pid_t owner_;
+    UniqueFd wake_up_;  // eventfd
+
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::deque<QueuedJob> queue_;
+    std::vector<std::unique_ptr<WorkerSlot>> slots_;
+    LayerErrors layers_{};
+    std::int64_t bare_memory_bytes_ = 0;
+    std::string fault_;
+    std::uint64_t restarts_ = 0;
+    bool closing_ = false;
+    std::thread thread_;
+};
+
+}  // namespace rlef

@@ -1,0 +1,215 @@
+"""The script of a worker process: a warm interpreter that forks itself for each program.
+
+It runs outside the package, in an interpreter without site-packages, and is trusted: programs run only in its
+grandchildren. Arguments: the path of the compiled core, and the supervisor's process id.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+SOCKET = 3
+MAIN_STACK_BYTES = 512 << 20  # room for deep recursion; the kernel fixes it when a process image starts
+SOURCE_NAME = "solution.py"
+
+# What programs import most, so that they find it loaded.
+WARM_MODULES = (
+    "array",
+    "bisect",
+    "cmath",
+    "collections",
+    "copy",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "enum",
+    "fractions",
+    "functools",
+    "heapq",
+    "io",
+    "itertools",
+    "json",
+    "math",
+    "operator",
+    "queue",
+    "random",
+    "re",
+    "statistics",
+    "string",
+    "struct",
+    "textwrap",
+    "threading",
+    "time",
+    "typing",
+)
+
+
+def main() -> None:
+    core_path, supervisor = sys.argv[1], int(sys.argv[2])
+    _restart_with_large_stack()
+    core = _load_core(core_path)
+    readable, hidden = _file_view()
+    _warm_up()
+    core.serve(
+        socket=SOCKET,
+        supervisor=supervisor,
+        readable=readable,
+        hidden=hidden,
+        compile=_compile,
+        run=_run,
+    )
+
+
+def _restart_with_large_stack() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = MAIN_STACK_BYTES if hard == resource.RLIM_INFINITY else min(MAIN_STACK_BYTES, hard)
+    if soft != wanted:
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
+        os.execve(sys.executable, sys.orig_argv, os.environ)
+
+
+def _load_core(path: str):
+    from importlib.machinery import ExtensionFileLoader
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    loader = ExtensionFileLoader("_core", path)
+    module = module_from_spec(spec_from_file_location("_core", path, loader=loader))
+    loader.exec_module(module)
+    return module
+
+
+def _file_view() -> tuple[list[str], list[str]]:
+    """What programs may read: the standard library without installed packages, and shared libraries."""
+    import sysconfig
+
+    own = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if path != own and os.path.isdir(path)]
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    libraries = [os.path.join(root, multiarch) for root in ("/lib", "/usr/lib")] if multiarch else []
+    libraries += ["/lib64", "/usr/lib64", "/usr/share/zoneinfo"]
+    readable = [path for path in [*sys.path, *libraries] if os.path.isdir(path)]
+    packages = [os.path.join(path, name) for path in sys.path for name in ("site-packages", "dist-packages")]
+    return _outermost(readable), [path for path in packages if os.path.isdir(path)]
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    return [path for path in paths if not any(path.startswith(other + os.sep) for other in paths)]
+
+
+def _warm_up() -> None:
+    """Load and touch what programs will use, give them a `__main__` of their own, and freeze the heap."""
+    import builtins
+    import gc
+    import importlib
+    import site
+    import types
+
+    # Modules that reseed themselves after a fork would make programs unrepeatable.
+    register_at_fork, os.register_at_fork = os.register_at_fork, lambda **_: None
+    import random
+
+    os.register_at_fork = register_at_fork
+    random.seed(0)
+    for name in WARM_MODULES:
+        importlib.import_module(name)
+    site.setquit()  # exit() and quit(), which -S leaves out
+    sys.argv[:] = [SOURCE_NAME]
+    module = types.ModuleType("__main__")
+    module.__dict__.update(__builtins__=builtins, __file__=SOURCE_NAME)
+    sys.modules["__main__"] = module
+    _compile(b"import sys\nfor line in sys.stdin:\n    print(line, end='')\n")
+    gc.collect()
+    gc.freeze()
+
+
+def _compile(source: bytes):
+    """The code object, or (what the interpreter says, whether the syntax is at fault, whether memory ran out)."""
+    try:
+        code = compile(source, SOURCE_NAME, "exec", dont_inherit=True)
+    except BaseException as error:
+        syntax = isinstance(error, (SyntaxError, ValueError))
+        return _description(error, source), syntax, isinstance(error, MemoryError)
+    _remember_source(source)
+    return code
+
+
+def _remember_source(source: bytes) -> None:
+    """Lets tracebacks quote the lines of a file that does not exist."""
+    import linecache
+
+    text = source.decode("utf-8", "replace")
+    linecache.cache[SOURCE_NAME] = (len(text), None, text.splitlines(keepends=True), SOURCE_NAME)
+
+
+def _description(error: BaseException, source: bytes) -> str:
+    import traceback
+
+    _remember_source(source)
+    error.__traceback__ = None  # it holds only frames of this file
+    return "".join(traceback.format_exception(error))
+
+
+def _run(code) -> tuple[int, bool]:
+    """Run the program in `__main__` and end as the interpreter would, but for freeing what it holds.
+
+    Returns the exit status, and whether an uncaught MemoryError ended it.
+    """
+    namespace = sys.modules["__main__"].__dict__
+    memory_error = False
+    try:
+        exec(code, namespace)
+        status = 0
+    except SystemExit as request:
+        status = _exit_status(request.code)
+    except BaseException as error:
+        memory_error = isinstance(error, MemoryError)
+        _report(error)
+        status = 1
+    return _finish(namespace, status), memory_error
+
+
+def _exit_status(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _report(error: BaseException) -> None:
+    """Print the traceback as for a script, without this file's frame."""
+    import traceback
+
+    frames = error.__traceback__.tb_next
+    if sys.excepthook is not sys.__excepthook__:
+        sys.excepthook(type(error), error, frames)
+    else:
+        traceback.print_exception(type(error), error, frames)
+
+
+def _finish(namespace: dict[str, object], status: int) -> int:
+    """What matters of the interpreter's end: threads, exit functions, and output that is still in buffers."""
+    import atexit
+
+    threading = sys.modules.get("threading")
+    if threading is not None:
+        threading._shutdown()
+    atexit._run_exitfuncs()
+    streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
+    for name in list(namespace):  # files left open are written when nothing refers to them any more
+        if name != "__builtins__":
+            namespace[name] = None
+    for stream in streams:
+        try:
+            if stream is not None and not getattr(stream, "closed", False):
+                stream.flush()
+        except BaseException:
+            status = status or 120
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Split over 1, 2 and 4 real gloo processes, every operation gives what one process gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.multiprocess
+
+RANKS = 4
+SIZES = ["1", "2", "4"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    script = Path(__file__).with_name("ranks.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(RANKS), str(store)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return json.loads(outputs[0][0])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", ["plain", "offset", "far apart", "half impossible"])
+def test_a_split_vocabulary_gives_the_whole_ones_logprobs(report: Any, size: str, case: str) -> None:
+    # An offset of 1e4 leaves logsumexp, in float64, a rounding of 2e-12 of its own.
+    assert report[size][case]["values"] <= {"plain": 1e-12, "half impossible": 1e-12}.get(case, 2e-11)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", ["plain", "offset", "far apart", "half impossible"])
+def test_a_split_vocabulary_gives_each_process_its_part_of_the_gradient(
+    report: Any, size: str, case: str
+) -> None:
+    assert report[size][case]["gradient"] <= 1e-12
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_split_vocabulary_gives_the_whole_ones_policy_loss(report: Any, size: str) -> None:
+    assert report[size]["policy loss"]["values"] <= 1e-12
+    assert report[size]["policy loss"]["gradient"] <= 1e-12
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_processes_exchange_sixteen_bytes_per_token_once(report: Any, size: str) -> None:
+    assert report[size]["traffic"] == {"calls": ["all_gather_into_tensor"], "bytes_per_token": 16.0}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_values_spread_over_processes_are_whitened_as_if_they_were_together(report: Any, size: str) -> None:
+    assert report[size]["whitening"]["whitened"] <= 1e-6
+    assert report[size]["whitening"]["mean"] <= 1e-9

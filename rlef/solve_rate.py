@@ -12,8 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
+
+Resample = Literal["rollouts", "problems"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +96,16 @@ def estimate_n_at_k(
     k: int,
     resamples: int,
     generator: np.random.Generator,
-    resample_problems: bool = False,
+    resample: Resample = "rollouts",
 ) -> Estimate:
-    """Mean n@k with the percentiles 2.5 and 97.5 of a bootstrap.
+    """Mean n@k with its 95 % interval: the percentiles 2.5 and 97.5 of a bootstrap.
 
-    Each resample draws, for every problem, as many samples as it has, with replacement; the problems stay
-    (the paper's "over problems' rollouts"). The interval then answers "what if the same problems were
-    attempted again". With `resample_problems` the problems are drawn with replacement first, and it answers
-    "what if they were other problems of this kind"; a problem with one sample shows no spread by itself, so
-    then this is the one to use.
+    "rollouts" is the paper's: every problem stays and draws as many samples as it has, with replacement. The
+    interval answers "what if the same problems were attempted again". It cannot see the spread of a problem
+    with no more than k samples, and a resample repeats some of them, so that n@k of k > 1 comes out too low;
+    the interval is moved by that bias, and is a little too narrow when samples are few. "problems" draws
+    problems with replacement and leaves their samples alone. The interval answers "what if these were other
+    problems of the kind", and holds for any number of samples.
 
     Raises:
         ValueError: no tallies or resamples, or k does not fit the samples.
@@ -109,21 +113,36 @@ def estimate_n_at_k(
     value = mean_n_at_k(tallies, n=n, k=k)
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}: a bootstrap needs at least 1 (the paper's is 200)")
-    means = np.empty(resamples)  # [resamples]
-    samples = np.array([tally.samples for tally in tallies])  # [problems]
-    shares = np.array([_shares(tally) for tally in tallies])  # [problems, 3]
-    for index in range(resamples):
-        chosen = generator.integers(len(tallies), size=len(tallies)) if resample_problems else slice(None)
-        # A sample matters only through its kind, so drawing samples with replacement is a multinomial draw of
-        # kinds.
-        kinds = generator.multinomial(samples[chosen], shares[chosen])  # [problems, 3]
-        rates = [
-            _n_at_k(solved + public_only + failed, solved + public_only, solved, n, k)
-            for solved, public_only, failed in kinds.tolist()
-        ]
-        means[index] = math.fsum(rates) / len(rates)
-    low, high = np.percentile(means, [2.5, 97.5])
+    if resample == "problems":
+        rates = np.array([n_at_k(tally, n=n, k=k) for tally in tallies])  # [problems]
+        means = rates[generator.integers(len(rates), size=(resamples, len(rates)))].mean(
+            axis=1
+        )  # [resamples]
+        bias = 0.0
+    else:
+        means = _resampled_rollouts(tallies, n, k, resamples, generator)
+        bias = means.mean() - value if k > 1 else 0.0
+    low, high = np.clip(np.percentile(means, [2.5, 97.5]) - bias, 0.0, 1.0)
     return Estimate(value=value, low=float(low), high=float(high))
+
+
+def _resampled_rollouts(
+    tallies: Sequence[Tally], n: int, k: int, resamples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Mean n@k of each resample, `[resamples]`.
+
+    A sample matters only through its kind, so that drawing samples with replacement is one multinomial draw
+    of kinds.
+    """
+    sizes = np.array([tally.samples for tally in tallies])  # [problems]
+    shares = np.array([_shares(tally) for tally in tallies])  # [problems, 3]
+    kinds = generator.multinomial(sizes, shares, size=(resamples, len(tallies)))  # [resamples, problems, 3]
+    return np.array(
+        [
+            math.fsum(_n_at_k(sum(kind), kind[0] + kind[1], kind[0], n, k) for kind in draw) / len(draw)
+            for draw in kinds.tolist()
+        ]
+    )
 
 
 def _shares(tally: Tally) -> list[float]:

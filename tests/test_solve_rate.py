@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlef.solve_rate import Tally, estimate_n_at_k, mean_n_at_k, n_at_k, pass_at_k
+from rlef.solve_rate import Resample, Tally, estimate_n_at_k, mean_n_at_k, n_at_k, pass_at_k
 
 
 @st.composite
@@ -127,26 +127,28 @@ def test_problems_that_are_always_or_never_solved_have_no_spread_of_their_own() 
 def test_other_problems_of_the_same_kind_would_spread_even_then() -> None:
     certain = [Tally(samples=4, passed_public=4, solved=4), Tally(samples=4, passed_public=0, solved=0)]
     generator = np.random.default_rng(0)
-    estimate = estimate_n_at_k(certain, n=1, k=1, resamples=50, generator=generator, resample_problems=True)
+    estimate = estimate_n_at_k(certain, n=1, k=1, resamples=50, generator=generator, resample="problems")
     assert (estimate.low, estimate.value, estimate.high) == (0.0, 0.5, 1.0)
 
 
-@pytest.mark.parametrize("resample_problems", [False, True])
-def test_the_interval_has_the_width_that_theory_gives(resample_problems: bool) -> None:
+@pytest.mark.parametrize("resample", ["rollouts", "problems"])
+def test_the_interval_has_the_width_that_theory_gives(resample: Resample) -> None:
     problems = [Tally(samples=10, passed_public=solved, solved=solved) for solved in [2, 4, 6, 8] * 50]
-    estimate = estimate_n_at_k(
-        problems,
-        n=1,
-        k=1,
-        resamples=2000,
-        generator=np.random.default_rng(0),
-        resample_problems=resample_problems,
-    )
+    generator = np.random.default_rng(0)
+    estimate = estimate_n_at_k(problems, n=1, k=1, resamples=2000, generator=generator, resample=resample)
     shares = np.array([problem.solved / 10 for problem in problems])  # [problems]
-    variance = np.mean(shares * (1 - shares)) / 10 + (np.var(shares) if resample_problems else 0.0)
+    variance = np.var(shares) if resample == "problems" else np.mean(shares * (1 - shares)) / 10
     expected = 2 * 1.96 * math.sqrt(variance / len(problems))
     assert estimate.high - estimate.low == pytest.approx(expected, rel=0.1)
     assert estimate.low < estimate.value < estimate.high
+
+
+def test_the_interval_of_three_chosen_from_six_lies_around_the_value_though_resampling_repeats_samples() -> (
+    None
+):
+    problems = [Tally(samples=6, passed_public=1, solved=1), Tally(samples=6, passed_public=2, solved=1)] * 50
+    estimate = estimate_n_at_k(problems, n=1, k=3, resamples=500, generator=np.random.default_rng(0))
+    assert (estimate.low + estimate.high) / 2 == pytest.approx(estimate.value, abs=0.01)
 
 
 def test_the_same_generator_gives_the_same_interval() -> None:

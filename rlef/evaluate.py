@@ -1,0 +1,383 @@
+"""What a policy can do, and how much of it is owed to execution feedback (PAPER sections 5 and 6).
+
+Four conditions are evaluated on the same problems: dialogs with true feedback, with the feedback of an
+unrelated program, with none but "it failed", and single responses. Every response counts as a sample, so all
+four are compared at one budget of `turns` responses:
+
+- *1@turns of dialogs*: the expectation that one dialog of up to `turns` responses solves its problem. Only
+its last
+  response can pass the public tests, because passing ends it. So the last code is the one candidate, and it
+  is submitted if it passes publicly. A dialog that ends early does not spend the rest of its budget, and is
+  counted as if it had.
+- *1@turns of single responses*: of `turns` independent responses, one that passes the public tests is
+submitted. - *1@1*: a dialog's first response alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from rlef.config import EvaluationConfig, FeedbackKind, RewardConfig
+from rlef.ports import SamplingParams
+from rlef.prompts import Dialog
+from rlef.records import Episode, Problem, Turn, TurnOutcome
+from rlef.report import DialogExample, Message
+from rlef.rewards import turn_rewards
+from rlef.solve_rate import Estimate, Resample, Tally, estimate_n_at_k
+
+SINGLE_TURN = "single_turn"
+_FEEDBACK: Mapping[str, FeedbackKind] = {
+    "true_feedback": "true",
+    "random_feedback": "random",
+    "no_feedback": "none",
+    SINGLE_TURN: "none",
+}
+CONDITIONS = tuple(_FEEDBACK)
+_BROWSED = ("true_feedback", "random_feedback")  # conditions whose dialogs go into the report
+
+
+class Rollouts(Protocol):
+    """One episode per problem, in their order. Collective: every rank calls it, and gets all episodes."""
+
+    def __call__(
+        self,
+        problems: Sequence[Problem],
+        *,
+        numbers: Sequence[int],
+        params: SamplingParams,
+        turns: int,
+        feedback: FeedbackKind,
+    ) -> Sequence[Episode]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """The figures of one condition. A rate over nothing (no failed first turn, no second turn) is None."""
+
+    condition: str
+    turns: int  # the budget of responses
+    problems: int
+    episodes: int
+    one_at_one: Estimate
+    one_at_budget: Estimate  # 1@turns
+    mean_reward: float  # of an episode, without the KL term
+    repair_rate: float | None  # failed publicly on turn 1 and solved later, of those that failed on turn 1
+    identical_resubmission_rate: float | None  # later responses that repeat the code of the one before
+    mean_response_tokens: float
+    outcomes: tuple[dict[str, int], ...]  # [turns] how often each TurnOutcome
+    transitions: dict[str, dict[str, int]]  # outcome of a turn -> outcome of the next -> how often
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """All conditions of one policy, and some of its dialogs to look at."""
+
+    reports: dict[str, EvaluationReport]  # by condition
+    samples: dict[str, tuple[Episode, ...]]  # by condition; of evenly spaced problems, not chosen by outcome
+    seconds: float
+
+
+def evaluate(
+    problems: Sequence[Problem],
+    *,
+    rollouts: Rollouts,
+    settings: EvaluationConfig,
+    rewards: RewardConfig,
+    turns: int,
+    max_response_tokens: int,
+    seed: int,
+    samples: int = 24,
+) -> Evaluation:
+    """Run the four conditions.
+
+    The three kinds of dialog share their random numbers: their first turns are equal, and what differs
+    afterwards is the feedback's doing. Two evaluations with one seed share them too, so that before and after
+    are compared on the same draws and show the same samples. Single responses are `turns` per dialog: the
+    budget is the same everywhere.
+    """
+    started = time.monotonic()
+    params = SamplingParams(
+        temperature=settings.temperature, top_p=settings.top_p, max_tokens=max_response_tokens, seed=seed
+    )
+    dialogs = len(problems) * settings.rollouts_per_problem
+    reports: dict[str, EvaluationReport] = {}
+    sampled: dict[str, tuple[Episode, ...]] = {}
+    for index, (condition, feedback) in enumerate(_FEEDBACK.items()):
+        is_single = condition == SINGLE_TURN
+        per_problem = settings.rollouts_per_problem * (turns if is_single else 1)
+        first = dialogs if is_single else 0
+        attempted = [problem for problem in problems for _ in range(per_problem)]
+        episodes = rollouts(
+            attempted,
+            numbers=range(first, first + len(attempted)),
+            params=params,
+            turns=1 if is_single else turns,
+            feedback=feedback,
+        )
+        reports[condition] = report_on(
+            episodes,
+            condition=condition,
+            turns=turns,
+            rewards=rewards,
+            resamples=settings.bootstrap_samples,
+            generator=np.random.default_rng([seed, index]),
+        )
+        firsts = episodes[::per_problem]
+        sampled[condition] = tuple(firsts[place] for place in _evenly_spaced(len(problems), samples))
+    return Evaluation(reports=reports, samples=sampled, seconds=time.monotonic() - started)
+
+
+def report_on(
+    episodes: Sequence[Episode],
+    *,
+    condition: str,
+    turns: int,
+    rewards: RewardConfig,
+    resamples: int,
+    generator: np.random.Generator,
+) -> EvaluationReport:
+    """The figures of one condition's episodes.
+
+    Intervals are over the rollouts of each problem; where a problem has but one, and so no spread of its own,
+    they are over problems and rollouts.
+
+    Raises:
+        ValueError: there are no episodes, or a problem has fewer single responses than the budget.
+    """
+    first_responses = _tally(episodes, first_only=True)
+    whole = _tally(episodes, first_only=False)
+    budget_samples = turns if condition == SINGLE_TURN else 1
+    resample: Resample = "problems" if min(tally.samples for tally in whole) == budget_samples else "rollouts"
+    one_at_one, one_at_budget = (
+        estimate_n_at_k(tallies, n=1, k=k, resamples=resamples, generator=generator, resample=resample)
+        for tallies, k in ((first_responses, 1), (whole, budget_samples))
+    )
+    return EvaluationReport(
+        condition=condition,
+        turns=turns,
+        problems=len(whole),
+        episodes=len(episodes),
+        one_at_one=one_at_one,
+        one_at_budget=one_at_budget,
+        mean_reward=mean_reward(episodes, rewards),
+        repair_rate=repair_rate(episodes),
+        identical_resubmission_rate=identical_resubmission_rate(episodes),
+        mean_response_tokens=mean_response_tokens(episodes),
+        outcomes=outcomes_by_turn(episodes),
+        transitions=transitions(episodes),
+    )
+
+
+def episode_metrics(episodes: Sequence[Episode], rewards: RewardConfig) -> dict[str, float]:
+    """What a training step's own episodes say, under the names that `telemetry` documents."""
+    repaired, repeated = repair_rate(episodes), identical_resubmission_rate(episodes)
+    return {
+        "solve_rate": _mean([episode.solved for episode in episodes]),
+        "first_turn_solve_rate": _mean([episode.solved and len(episode.turns) == 1 for episode in episodes]),
+        "reward": mean_reward(episodes, rewards),
+        "turns": _mean([len(episode.turns) for episode in episodes]),
+        "response_tokens": mean_response_tokens(episodes),
+        "sampled_tokens": float(sum(sum(episode.sampled) for episode in episodes)),
+        **({} if repaired is None else {"repair_rate": repaired}),
+        **({} if repeated is None else {"identical_resubmission_rate": repeated}),
+    }
+
+
+def mean_reward(episodes: Sequence[Episode], rewards: RewardConfig) -> float:
+    """Reward of an episode, its turns added up, without the KL term."""
+    return _mean([sum(turn_rewards(episode, rewards)) for episode in episodes])
+
+
+def repair_rate(episodes: Sequence[Episode]) -> float | None:
+    """Of the episodes whose first response fails publicly, those that are solved in the end."""
+    failed_first = [episode for episode in episodes if episode.turns[0].outcome is not TurnOutcome.PASSED]
+    return _mean([episode.solved for episode in failed_first]) if failed_first else None
+
+
+def identical_resubmission_rate(episodes: Sequence[Episode]) -> float | None:
+    """Of the responses after a first one, those whose code equals that of the one before.
+
+    Twice no code is not a resubmission.
+    """
+    pairs = _consecutive_turns(episodes)
+    return (
+        _mean([later.code is not None and later.code == earlier.code for earlier, later in pairs])
+        if pairs
+        else None
+    )
+
+
+def mean_response_tokens(episodes: Sequence[Episode]) -> float:
+    return _mean([turn.end - turn.start for episode in episodes for turn in episode.turns])
+
+
+def outcomes_by_turn(episodes: Sequence[Episode]) -> tuple[dict[str, int], ...]:
+    """How often each outcome, turn by turn. An episode that has ended counts in no later turn."""
+    longest = max(len(episode.turns) for episode in episodes)
+    counts = [
+        Counter(episode.turns[place].outcome for episode in episodes if place < len(episode.turns))
+        for place in range(longest)
+    ]
+    return tuple({outcome.value: count[outcome] for outcome in TurnOutcome} for count in counts)
+
+
+def transitions(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
+    """How often one outcome was followed by another; only pairs that occurred."""
+    counts = Counter((earlier.outcome, later.outcome) for earlier, later in _consecutive_turns(episodes))
+    table: dict[str, dict[str, int]] = {}
+    for earlier, later in itertools.product(TurnOutcome, TurnOutcome):
+        if counts[earlier, later]:
+            table.setdefault(earlier.value, {})[later.value] = counts[earlier, later]
+    return table
+
+
+def dialog_examples(
+    evaluation: Evaluation, problems: Sequence[Problem], *, phase: str, dialog: Dialog
+) -> list[DialogExample]:
+    """The sampled dialogs as text, for the report's browser. `phase` is "start" or "final"."""
+    statements = {problem.id: problem.statement for problem in problems}
+    return [
+        DialogExample(
+            problem_id=episode.problem_id,
+            phase=phase,
+            condition=condition,
+            statement=statements[episode.problem_id],
+            messages=_messages(episode, dialog),
+            solved=episode.solved,
+        )
+        for condition in _BROWSED
+        for episode in evaluation.samples[condition]
+    ]
+
+
+def summarise(evaluation: Evaluation) -> dict[str, Any]:
+    """One phase of `summary.json`: the headline figures, their intervals, and every condition's report."""
+    reports = evaluation.reports
+    dialogs = reports["true_feedback"]
+    budget = f"1@{dialogs.turns}"
+    estimates = {
+        "1@1": dialogs.one_at_one,
+        budget: dialogs.one_at_budget,
+        f"single_turn_{budget}": reports[SINGLE_TURN].one_at_budget,
+        f"random_feedback_{budget}": reports["random_feedback"].one_at_budget,
+        f"no_feedback_{budget}": reports["no_feedback"].one_at_budget,
+    }
+    return {
+        **{name: estimate.value for name, estimate in estimates.items()},
+        "repair_rate": dialogs.repair_rate,
+        "identical_resubmission_rate": dialogs.identical_resubmission_rate,
+        "mean_reward": dialogs.mean_reward,
+        "mean_response_tokens": dialogs.mean_response_tokens,
+        "problems": dialogs.problems,
+        "rollouts_per_problem": dialogs.episodes // dialogs.problems,
+        "intervals": {name: [estimate.low, estimate.high] for name, estimate in estimates.items()},
+        "seconds": evaluation.seconds,
+        "conditions": {condition: asdict(report) for condition, report in reports.items()},
+    }
+
+
+def run_summary(
+    *, start: Mapping[str, Any], final: Mapping[str, Any] | None, seed: int, steps: int, seconds: float
+) -> dict[str, Any]:
+    """`summary.json`. A run writes it without a `final` after its first evaluation, to resume from."""
+    return {
+        "start": dict(start),
+        "final": None if final is None else dict(final),
+        "seed": seed,
+        "steps": steps,
+        "seconds": seconds,
+        "versions": {name: _version(name) for name in ("rlef", "torch", "megatron-core")},
+        "hardware": _hardware(),
+    }
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """As a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".{path.name}.writing")
+    writing.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    writing.rename(path)
+
+
+def _tally(episodes: Sequence[Episode], *, first_only: bool) -> list[Tally]:
+    """One tally per problem, of whole episodes or of their first responses alone."""
+    if not episodes:
+        raise ValueError("there are no episodes to evaluate: give at least one problem")
+    by_problem: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        by_problem.setdefault(episode.problem_id, []).append(episode)
+    tallies: list[Tally] = []
+    for group in by_problem.values():
+        # A first response that passes publicly ends its episode, so the others' first responses are no
+        # candidates.
+        candidates = [episode for episode in group if not first_only or len(episode.turns) == 1]
+        tallies.append(
+            Tally(
+                samples=len(group),
+                passed_public=sum(episode.passed_public for episode in candidates),
+                solved=sum(episode.solved for episode in candidates),
+            )
+        )
+    return tallies
+
+
+def _consecutive_turns(episodes: Sequence[Episode]) -> list[tuple[Turn, Turn]]:
+    return [pair for episode in episodes for pair in itertools.pairwise(episode.turns)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    count = min(total, count)
+    return [place * total // count for place in range(count)]
+
+
+def _messages(episode: Episode, dialog: Dialog) -> tuple[Message, ...]:
+    """Prompt, response, feedback, response, ...: what lies between two responses is a user message."""
+    messages: list[Message] = []
+    told_until = 0
+    for turn in episode.turns:
+        observed = [i for i in episode.token_ids[told_until : turn.start] if i != dialog.end_token_id]
+        text = dialog.decode(observed[1:-1])  # without the role markers around it
+        messages.append(Message(role="user", text=text, outcome=None))
+        answer = dialog.decode(episode.token_ids[turn.start : turn.end])
+        messages.append(Message(role="assistant", text=answer, outcome=turn.outcome.value))
+        told_until = turn.end
+    return tuple(messages)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _hardware() -> str:
+    """The processors that this process may use, and the accelerators that torch sees."""
+    names = [line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")]
+    parts = [f"{len(os.sched_getaffinity(0))} x {names[0] if names else 'unnamed CPU'}"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return ", ".join(parts)
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,432 @@
+"""What a run has to show: a table for the terminal, and one `report.html` that needs nothing beside itself.
+
+The page is made from three files in the run's folder, so that it can be made again at any time:
+`summary.json`, `metrics.jsonl` and `dialogs.jsonl`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.table import Table
+
+from rlef.records import StepStats, TurnOutcome
+from rlef.telemetry import METRICS_FILE, SECONDS, read_metrics
+
+SUMMARY_FILE = "summary.json"
+DIALOGS_FILE = "dialogs.jsonl"
+REPORT_FILE = "report.html"
+PHASES = ("start", "final")
+_TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message of a dialog, as text."""
+
+    role: str  # "user" or "assistant"
+    text: str
+    outcome: str | None  # value of a TurnOutcome; None for the user's messages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialogExample:
+    """A dialog for people to read."""
+
+    problem_id: str
+    phase: str  # "start" or "final"
+    condition: str
+    statement: str
+    messages: tuple[Message, ...]
+    solved: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A figure of one phase; `low` and `high` bound its 95 % interval, where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One row of the before/after table. A phase that has no such figure is None."""
+
+    label: str
+    is_share: bool  # shown in percent
+    start: Measured | None
+    final: Measured | None
+
+    @property
+    def change(self) -> str:
+        if self.start is None or self.final is None:
+            return ""
+        if self.start.value > 0:
+            return f"× {self.final.value / self.start.value:.2f}"
+        return f"{self.final.value - self.start.value:+.2f}"
+
+    def text(self, phase: str) -> str:
+        figure = self.start if phase == "start" else self.final
+        if figure is None:
+            return "-"
+        value = self._number(figure.value) + (" %" if self.is_share else "")
+        if figure.low is None or figure.high is None:
+            return value
+        return f"{value} [{self._number(figure.low)}, {self._number(figure.high)}]"
+
+    def _number(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.is_share else f"{value:.2f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Chart:
+    title: str
+    metric: str
+    unit: str
+
+
+_CHARTS = (
+    _Chart(title="Solve rate of training dialogs", metric="solve_rate", unit="share solved"),
+    _Chart(title="Reward", metric="reward", unit="per dialog"),
+    _Chart(title="KL to the start model", metric="kl", unit="mean log-ratio of a token"),
+    _Chart(title="Response length", metric="response_tokens", unit="tokens"),
+    _Chart(title="Repair rate", metric="repair_rate", unit="of failed first turns"),
+    _Chart(title="Policy loss", metric="policy/loss", unit=""),
+    _Chart(title="Value loss", metric="value/loss", unit=""),
+    _Chart(title="Entropy", metric="policy/entropy", unit="nats a token"),
+)
+
+# Stand-ins that matplotlib writes and the page replaces, so that curves follow its light or dark colours.
+_INK, _GRID = "#010101", "#020202"
+_SERIES = tuple(f"#03030{digit}" for digit in range(1, 8))
+_CSS_COLOURS = {_INK: "var(--soft)", _GRID: "var(--line)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, start=1)
+}
+
+
+def write_report(directory: Path) -> Path:
+    """Make `report.html` from a run's folder. Curves and dialogs may be missing, the summary may not.
+
+    Raises:
+        ValueError: there is no summary, or a file is not what this program writes.
+    """
+    summary = read_summary(directory / SUMMARY_FILE)
+    metrics, dialogs = directory / METRICS_FILE, directory / DIALOGS_FILE
+    page = render_report(
+        directory.resolve().name,
+        summary,
+        metrics=read_metrics(metrics) if metrics.exists() else [],
+        dialogs=read_dialogs(dialogs) if dialogs.exists() else [],
+    )
+    path = directory / REPORT_FILE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def render_report(
+    name: str, summary: Mapping[str, Any], *, metrics: Sequence[StepStats], dialogs: Sequence[DialogExample]
+) -> str:
+    """The page as one string without any reference to the outside."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["segments"] = text_segments
+    environment.filters["words"] = lambda value: value.replace("_", " ")
+    return environment.get_template(_TEMPLATE).render(
+        name=name,
+        summary=summary,
+        budget=_budget(summary),
+        comparisons=compare(summary),
+        claims=_claims(summary),
+        charts=_charts(metrics),
+        outcomes=_outcome_tables(summary),
+        outcome_order=[outcome.value for outcome in reversed(TurnOutcome)],
+        pairs=_pair(dialogs),
+        phases=[phase for phase in PHASES if summary.get(phase)],
+    )
+
+
+def compare(summary: Mapping[str, Any]) -> list[Comparison]:
+    """Start against final, in the order in which they are told."""
+    budget = _budget(summary)
+    shares = {
+        budget: f"{budget}, true feedback",
+        f"random_feedback_{budget}": f"{budget}, random feedback",
+        f"no_feedback_{budget}": f"{budget}, no feedback",
+        f"single_turn_{budget}": f"{budget}, single responses",
+        "1@1": "1@1, first response",
+        "repair_rate": "repair rate",
+        "identical_resubmission_rate": "identical retries",
+    }
+    numbers = {"mean_reward": "mean reward", "mean_response_tokens": "tokens per response"}
+    return [
+        Comparison(
+            label=label,
+            is_share=key in shares,
+            start=_measured(summary, "start", key),
+            final=_measured(summary, "final", key),
+        )
+        for key, label in (shares | numbers).items()
+    ]
+
+
+def before_after_table(summary: Mapping[str, Any]) -> Table:
+    """The same for the terminal."""
+    table = Table(
+        title="held-out problems, 95 % intervals in brackets", title_style="dim", box=None, padding=(0, 2)
+    )
+    table.add_column("")
+    for heading in ("start", "final", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in compare(summary):
+        table.add_row(row.label, row.text("start"), row.text("final"), row.change)
+    return table
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Raises ValueError if it is missing or has no figures of the start; the message names the mend."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing: name the folder of a run that has evaluated its start"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): evaluate the run again") from None
+    if not isinstance(summary, dict) or not summary.get("start"):
+        raise ValueError(f"{path} has no figures of the start: evaluate the run again")
+    return summary
+
+
+def save_dialogs(path: Path, phase: str, examples: Sequence[DialogExample]) -> None:
+    """Put the examples of `phase` into `dialogs.jsonl`, in place of earlier ones of the same phase."""
+    others = [example for example in read_dialogs(path) if example.phase != phase] if path.exists() else []
+    lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in (*others, *examples)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".{path.name}.writing")
+    writing.write_text("".join(lines), encoding="utf-8")
+    writing.rename(path)
+
+
+def read_dialogs(path: Path) -> list[DialogExample]:
+    """Raises ValueError for a line that is not one of ours; the message names it."""
+    examples: list[DialogExample] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            example = DialogExample(**json.loads(line))
+            messages = tuple(Message(**message) for message in example.messages)  # type: ignore[arg-type]
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}, line {number}: not a dialog; delete the line") from None
+        examples.append(replace(example, messages=messages))
+    return examples
+
+
+def text_segments(text: str) -> list[tuple[bool, str]]:
+    """A message cut into prose and fenced programs: (is a program, text)."""
+    pieces = re.split(r"```(?:\w+)?\n(.*?)(?:```|\Z)", text, flags=re.DOTALL)
+    return [(place % 2 == 1, piece.strip("\n")) for place, piece in enumerate(pieces) if piece.strip()]
+
+
+def _budget(summary: Mapping[str, Any]) -> str:
+    """The headline figure's name, 1@turns."""
+    names: list[str] = [name for name in summary["start"] if re.fullmatch(r"1@\d+", name)]
+    return max(names, key=lambda name: int(name[2:]))
+
+
+def _measured(summary: Mapping[str, Any], phase: str, key: str) -> Measured | None:
+    figures = summary.get(phase) or {}
+    if figures.get(key) is None:
+        return None
+    low, high = figures.get("intervals", {}).get(key, (None, None))
+    return Measured(value=figures[key], low=low, high=high)
+
+
+def _claims(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the run is to show: (figure, what it is, whence). Empty without a final evaluation."""
+    final = summary.get("final")
+    if not final:
+        return []
+    budget = _budget(summary)
+    start_rate, rate = summary["start"][budget], final[budget]
+    single, random = final[f"single_turn_{budget}"], final[f"random_feedback_{budget}"]
+    claims = [
+        (_times(rate, start_rate), "the start model", f"{budget} from {start_rate:.1%} to {rate:.1%}"),
+        (
+            _times(rate, single),
+            "its own single responses",
+            f"{budget} {rate:.1%} in dialogs, {single:.1%} without",
+        ),
+    ]
+    if rate > 0:
+        lost = f"{budget} falls from {rate:.1%} to {random:.1%}"
+        claims.append((f"{(random - rate) / rate:+.0%}", "when the feedback is another program's", lost))
+    return claims
+
+
+def _times(value: float, base: float) -> str:
+    return f"{value / base:.2f} ×" if base > 0 else "0 →"
+
+
+def _outcome_tables(
+    summary: Mapping[str, Any],
+) -> dict[str, list[tuple[str, list[tuple[int, float]]]]]:
+    """Per phase, a row for each outcome that occurs: per turn, (count, share of the turn's responses)."""
+    tables: dict[str, list[tuple[str, list[tuple[int, float]]]]] = {}
+    for phase in PHASES:
+        conditions = (summary.get(phase) or {}).get("conditions", {})
+        turns = conditions.get("true_feedback", {}).get("outcomes", [])
+        totals = [sum(turn.values()) for turn in turns]
+        rows = [
+            (
+                outcome.value,
+                [(turn[outcome], turn[outcome] / total) for turn, total in zip(turns, totals, strict=True)],
+            )
+            for outcome in reversed(TurnOutcome)
+            if any(turn[outcome] for turn in turns)
+        ]
+        if rows:
+            tables[phase] = rows
+    return tables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pair:
+    """The same problem, under the same condition and random numbers, before and after."""
+
+    problem_id: str
+    condition: str
+    statement: str
+    dialogs: tuple[DialogExample, ...]  # in the order of PHASES; one of them may be missing
+
+    @property
+    def tags(self) -> list[str]:
+        """What the filter knows it by."""
+        solved = {dialog.phase: dialog.solved for dialog in self.dialogs}
+        verdict = {
+            (False, True): "newly-solved",
+            (True, False): "lost",
+            (True, True): "solved-twice",
+        }.get((solved.get("start", False), solved.get("final", False)), "unsolved")
+        newest = self.dialogs[-1]
+        repaired = ["repaired"] if newest.solved and _responses(newest) > 1 else []
+        return [verdict, *repaired]
+
+
+def _responses(dialog: DialogExample) -> int:
+    return sum(message.role == "assistant" for message in dialog.messages)
+
+
+def _pair(dialogs: Sequence[DialogExample]) -> list[_Pair]:
+    groups: dict[tuple[str, str], list[DialogExample]] = {}
+    for dialog in dialogs:
+        groups.setdefault((dialog.condition, dialog.problem_id), []).append(dialog)
+    return [
+        _Pair(
+            problem_id=problem_id,
+            condition=condition,
+            statement=group[0].statement,
+            dialogs=tuple(sorted(group, key=lambda dialog: PHASES.index(dialog.phase))),
+        )
+        for (condition, problem_id), group in groups.items()
+    ]
+
+
+def _charts(metrics: Sequence[StepStats]) -> list[tuple[str, markupsafe.Markup]]:
+    """(title, inline SVG) of every curve that has a point, and of the seconds by phase."""
+    charts: list[tuple[str, markupsafe.Markup]] = []
+    for chart in _CHARTS:
+        points = [(stats.step, stats.metrics.get(chart.metric, math.nan)) for stats in metrics]
+        if any(math.isfinite(value) for _, value in points):
+            figure, axes = _figure(chart.unit)
+            _draw_curve(axes, points)
+            charts.append((chart.title, _svg(figure, chart.title)))
+    phases = sorted({name for stats in metrics for name in stats.metrics if name.startswith(f"{SECONDS}/")})
+    if phases:
+        figure, axes = _figure("seconds a step")
+        _draw_phases(axes, metrics, phases)
+        charts.append(("Seconds by phase", _svg(figure, "Seconds by phase")))
+    return charts
+
+
+def _figure(unit: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.set_xlabel("step", color=_INK, fontsize=9)
+    axes.set_ylabel(unit, color=_INK, fontsize=9)
+    axes.tick_params(colors=_INK, labelsize=9, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure, axes
+
+
+def _draw_curve(axes: Axes, points: Sequence[tuple[int, float]]) -> None:
+    """Every step faintly, and a running mean over about a twelfth of the run."""
+    steps, values = zip(*points, strict=True)
+    axes.plot(steps, values, color=_SERIES[0], linewidth=1, alpha=0.35, marker=".", markersize=3)
+    axes.plot(steps, _running_mean(values, window=max(1, len(values) // 12)), color=_SERIES[0], linewidth=2)
+
+
+def _running_mean(values: Sequence[float], *, window: int) -> list[float]:
+    """Mean of the finite values among each step and the `window - 1` before it; NaN where there is none."""
+    means: list[float] = []
+    for end in range(1, len(values) + 1):
+        finite = [value for value in values[max(0, end - window) : end] if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    return means
+
+
+def _draw_phases(axes: Axes, metrics: Sequence[StepStats], phases: Sequence[str]) -> None:
+    steps = [stats.step for stats in metrics]
+    floor = [0.0] * len(steps)
+    for place, phase in enumerate(phases):
+        seconds = [stats.metrics.get(phase, 0.0) for stats in metrics]
+        top = [below + spent for below, spent in zip(floor, seconds, strict=True)]
+        colour = _SERIES[place % len(_SERIES)]
+        label = phase.removeprefix(f"{SECONDS}/").replace("_", " ")
+        axes.bar(steps, seconds, bottom=floor, width=1.0, color=colour, linewidth=0, label=label)
+        floor = top
+    axes.legend(
+        frameon=False, fontsize=9, labelcolor=_INK, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.22)
+    )
+
+
+def _svg(figure: Figure, title: str) -> markupsafe.Markup:
+    """The figure as an inline element: the page's colours, no fixed size, no identifier of another figure."""
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| (?:width|height)="[\d.]+pt"| version="[\d.]+"', "", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    referred = set(re.findall(r"#([\w-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referred else "", svg)
+    for stand_in, colour in _CSS_COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    label = markupsafe.escape(title)
+    return markupsafe.Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip())  # noqa: S704

@@ -154,9 +154,9 @@ def _whole_vocabulary(
 def _all_gather(partial: Tensor, group: ProcessGroup | None) -> Tensor:
     if group is None or partial.numel() == 0:
         return partial[None]
-    gathered = partial.new_empty((dist.get_world_size(group) * partial.shape[0], *partial.shape[1:]))
-    dist.all_gather_into_tensor(gathered, partial, group=group)
-    return gathered.view(-1, *partial.shape)
+    gathered = partial.new_empty((dist.get_world_size(group), *partial.shape))
+    dist.all_gather(list(gathered.unbind()), partial, group=group)
+    return gathered
 
 
 class _LogprobsFromLogits(torch.autograd.Function):

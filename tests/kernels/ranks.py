@@ -93,13 +93,13 @@ def traffic(group: ProcessGroup) -> dict[str, Any]:
     """Which collectives a forward and a backward pass call, and how many bytes per token a rank sends."""
     calls: list[str] = []
     sent: list[int] = []
-    originals = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "all_reduce")}
+    originals = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
 
     def recorded(name: str) -> Any:
-        def call(*tensors: Tensor, **settings: Any) -> Any:
+        def call(*arguments: Any, **settings: Any) -> Any:
             calls.append(name)
-            sent.append(tensors[-1].numel() * tensors[-1].element_size())
-            return originals[name](*tensors, **settings)
+            sent.append(arguments[-1].numel() * arguments[-1].element_size())
+            return originals[name](*arguments, **settings)
 
         return call
 

@@ -42,8 +42,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", ["plain", "offset", "far apart", "half impossible"])
 def test_a_split_vocabulary_gives_the_whole_ones_logprobs(report: Any, size: str, case: str) -> None:
-    # An offset of 1e4 leaves logsumexp, in float64, a rounding of 2e-12 of its own.
-    assert report[size][case]["values"] <= {"plain": 1e-12, "half impossible": 1e-12}.get(case, 2e-11)
+    assert report[size][case]["values"] <= 1e-12
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -62,7 +61,7 @@ def test_a_split_vocabulary_gives_the_whole_ones_policy_loss(report: Any, size: 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_processes_exchange_sixteen_bytes_per_token_once(report: Any, size: str) -> None:
-    assert report[size]["traffic"] == {"calls": ["all_gather_into_tensor"], "bytes_per_token": 16.0}
+    assert report[size]["traffic"] == {"calls": ["all_gather"], "bytes_per_token": 16.0}
 
 
 @pytest.mark.parametrize("size", SIZES)

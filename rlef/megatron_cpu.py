@@ -1,8 +1,9 @@
 """What lets megatron-core run on gloo and CPU, and the reason for each piece. Inert where CUDA is available.
 
-Nothing in `torch` or in `torch.cuda` is changed, and no function of megatron-core is replaced. In a few of its modules
-the *name* `torch` is bound to a stand-in that passes everything through, except that "cuda" means the CPU. All that it
-changes could only raise on a machine without CUDA. Everything else that CPU needs is a setting in `megatron_policy`.
+Nothing in `torch` is changed, and no function of megatron-core is replaced. In a few of its modules the
+*name* `torch` is bound to a stand-in that passes everything through, except that "cuda" means the CPU: all
+that it changes could only raise on a machine without CUDA. What else a CPU needs is a setting in
+`megatron_policy`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ REASONS = {
     "megatron.core.optimizer.optimizer": "loss scale",
     # each schedule counts tokens in `torch.zeros([], device="cuda")`
     "megatron.core.pipeline_parallel.schedules": "token count",
-    # variable_seq_lengths exchanges shapes and activations in buffers on `torch.cuda.current_device()`, and then
-    # calls `torch.cuda.synchronize()`
+    # with variable_seq_lengths, shapes and activations are received on `torch.cuda.current_device()`, and
+    # `torch.cuda.synchronize()` follows
     "megatron.core.pipeline_parallel.p2p_communication": "receive buffers",
 }
 """Module of megatron-core whose name `torch` is rebound -> what in it names a CUDA device."""
@@ -63,7 +64,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def install(omit: Collection[str] = ()) -> list[ModuleType]:
-    """Bind the stand-in in each module of `REASONS` but those in `omit`; does nothing where CUDA is available.
+    """Bind the stand-in in each module of `REASONS` but those in `omit`. Where CUDA is available, do nothing.
 
     Returns the modules that it changed. May be called again.
     """

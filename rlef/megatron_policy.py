@@ -1,16 +1,18 @@
 """The policy, the reference and the value network on megatron-core: the only file that imports it.
 
-The model is megatron's GPTModel in the Llama shape, over packed variable-length sequences, and runs through megatron's
-own pipeline schedules, gradient buffers and optimiser. Ours are the parts that packing or portability ask for: rotary
-embedding and attention over packed sequences (shared with the plain torch twin), the norm, and the value head.
+The model is megatron's GPTModel in the Llama shape, over packed variable-length sequences. It runs through
+megatron's own pipeline schedules, gradient buffers and optimiser. Ours are the parts that packing or
+portability ask for: rotary embedding and attention over packed sequences (shared with the plain torch twin),
+the norm, the gated activation, and the value head.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -30,8 +32,8 @@ from rlef.torch_model import rotary_tables, rotate
 from rlef.weights import Head, check_layout, gather_huggingface, load_huggingface, stage_weights
 
 with warnings.catch_warnings():
-    # Neither is wanted: the layers below are the same with and without them.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # Nothing of Apex or Transformer Engine is used, so that the model is the same with and without them.
+    warnings.filterwarnings("ignore", message=".*Apex (are|is) not installed")
     from megatron.core import parallel_state as mpu
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -49,7 +51,8 @@ with warnings.catch_warnings():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-MAXIMUM = "_max"  # ending of the statistics of which the largest is kept
+Collect = Callable[[int, Batch, Tensor], Any]
+"""What the last stage does with (index of the micro-batch, micro-batch, what the model gave for it)."""
 
 
 def initialize(parallel: ParallelConfig) -> ParallelState:
@@ -63,12 +66,14 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
     else:
         torch.set_num_threads(parallel.threads_per_process)
     if not torch.distributed.is_initialized():
-        # Megatron wants it so: the all-reduce of a tensor parallel gradient starts before the next kernel.
+        # Megatron asks for it: the all-reduce of an input's gradient is to start before the next kernel.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        alone = {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-        torch.distributed.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(seconds=parallel.timeout_s), **alone
-        )
+        backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=parallel.timeout_s)
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        else:
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+            torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     if not mpu.model_parallel_is_initialized():
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -77,12 +82,13 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
             create_gloo_process_groups=False,
         )
     megatron_cpu.install()
+    replicas = mpu.get_data_parallel_world_size()
     return ParallelState(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
         data_parallel_rank=mpu.get_data_parallel_rank(),
-        data_parallel_size=mpu.get_data_parallel_world_size(),
-        data_parallel_group=mpu.get_data_parallel_group() if mpu.get_data_parallel_world_size() > 1 else None,
+        data_parallel_size=replicas,
+        data_parallel_group=mpu.get_data_parallel_group() if replicas > 1 else None,
         tensor_parallel_group=mpu.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
     )
 
@@ -96,8 +102,8 @@ def build_networks(
         ConfigError: the model or the processes do not divide as `parallel` says.
         ValueError: `weights` are not those of a Llama of this shape.
     """
+    check_layout(shape, parallel, int(os.environ.get("WORLD_SIZE", "1")))
     state = initialize(parallel)
-    check_layout(shape, parallel, state.world_size)
     policy = MegatronNetwork(shape, weights, head="logits", optimizer=optimizer, lr=optimizer.lr)
     reference = MegatronNetwork(shape, weights, head="logits")
     value = MegatronNetwork(shape, weights, head="value", optimizer=optimizer, lr=optimizer.value_lr)
@@ -105,9 +111,10 @@ def build_networks(
 
 
 class MegatronNetwork:
-    """A `ports.Network` on this rank's shard. Without `optimizer` it is frozen: no gradients, no buffers for them.
+    """A `ports.Network`: this rank's shard of it. Without `optimizer` it is frozen, and has no gradients.
 
-    `initialize` must have been called. Every method is collective over the model-parallel group, `update` over all.
+    `initialize` comes first. `update` is collective over the whole job, all else over the model-parallel
+    group.
     """
 
     def __init__(
@@ -119,20 +126,20 @@ class MegatronNetwork:
         optimizer: OptimizerConfig | None = None,
         lr: float = 0.0,
     ) -> None:
-        self.shape = shape
-        self.head = head
+        self._shape = shape
+        self._head = head
         config = _transformer_config(shape)
-        self.model = _PackedModel(config, shape, head)
-        self.device = self.model.cosine.device
+        self._model = _PackedModel(config, shape, head)
+        self._device = self._model.cosine.device
         groups = {
             "tensor_group": mpu.get_tensor_model_parallel_group(),
             "pipeline_group": mpu.get_pipeline_model_parallel_group(),
         }
-        load_huggingface(self.model, weights, shape, head, **groups)
-        self._gather = partial(gather_huggingface, self.model, shape, head, **groups)
-        self._training = None if optimizer is None else _Training(config, self.model, optimizer, lr)
+        load_huggingface(self._model, weights, shape, head, **groups)
+        self._gather = partial(gather_huggingface, self._model, shape, head, **groups)
+        self._training = _Training(config, self._model, optimizer, lr) if optimizer is not None else None
         if self._training is None:
-            self.model.requires_grad_(False)
+            self._model.requires_grad_(False)
 
     def forward(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
         """No gradient. A policy: log-prob of each token `[tokens]`, 0 outside the response mask.
@@ -141,52 +148,39 @@ class MegatronNetwork:
         """
         if not micro_batches:
             return []
-        read = self._values if self.head == "value" else self._logprobs
-
-        def collect(batch: Batch, output: Tensor, non_loss_data: bool = True) -> Tensor:
-            return read(batch, output)
-
-        def step(batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
-            batch = next(batches)
-            return model(batch), partial(collect, batch)
-
         with torch.no_grad():
-            outputs = _run_schedule(step, self.model, micro_batches, self.device, forward_only=True)
-        sizes = [self._output_size(batch) for batch in micro_batches]
-        if mpu.get_pipeline_model_parallel_world_size() > 1:
-            outputs = self._from_last_stage(outputs, sizes)
-        return outputs
+            outputs = self._run(self._model, enumerate(micro_batches), self._score, forward_only=True)
+        if mpu.get_pipeline_model_parallel_world_size() == 1:
+            return outputs
+        return self._from_last_stage(outputs, [self._output_size(batch) for batch in micro_batches])
 
     def update(self, micro_batches: Sequence[Batch], loss: LossFunction) -> UpdateStats:
         """Forward, backward, all-reduce, clip, one optimiser step.
 
-        The data-parallel ranks may bring different numbers of micro-batches; one that brings none takes part with a
-        token whose loss is zero. If the gradient is not finite, the weights and the moments stay; the schedule moves on.
+        The data-parallel ranks may bring different numbers of micro-batches. One that brings none takes part
+        with a token whose loss is zero. If the gradient is not finite, weights and moments stay as they are.
         """
-        assert self._training is not None, "a frozen network cannot be updated"
+        if self._training is None:
+            raise ValueError("a frozen network cannot be updated; build it with an optimizer")
         indexed = list(enumerate(micro_batches)) or [(-1, _single_token())]
 
         def evaluate(index: int, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            output = self._values(batch, output) if self.head == "value" else output[0]
-            summed, statistics = (output.float().sum() * 0.0, {}) if index < 0 else loss(output, index)
-            return summed, torch.zeros((), dtype=torch.int), statistics  # the count is not used: see _Training
-
-        def step(batches: Iterator[tuple[int, Batch]], model: nn.Module) -> tuple[Tensor, Any]:
-            index, batch = next(batches)
-            return model(batch), partial(evaluate, index, batch)
+            output = self._outputs(batch, output)
+            summed, statistics = loss(output, index) if index >= 0 else (output.sum() * 0.0, {})
+            return summed, torch.zeros((), dtype=torch.int), statistics  # no token count: see _Training
 
         self._training.zero_gradients()
-        statistics = _run_schedule(step, self._training.wrapped, indexed, self.device, forward_only=False)
-        grad_norm, stepped = self._training.step()
+        statistics = self._run(self._training.model, indexed, evaluate, forward_only=False)
+        grad_norm = self._training.step()
         return UpdateStats(
             statistics=_over_all_ranks(statistics),
             grad_norm=grad_norm,
             learning_rate=self._training.learning_rate,
-            skipped=not stepped,
+            skipped=not math.isfinite(grad_norm),
         )
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
-        """The whole weights under Hugging Face names, on every rank (collective: read it to its end). Copies."""
+        """Copies of the whole weights under Hugging Face names, on every rank. Collective: read all of it."""
         named: Iterator[tuple[str, Tensor]] = self._gather()
         return named
 
@@ -195,65 +189,87 @@ class MegatronNetwork:
 
         Its tensors are the live ones: save or copy them before the next update.
         """
-        state: dict[str, Any] = {
-            "layout": self._layout(),
-            "weights": {name: parameter.detach() for name, parameter in self.model.named_parameters()},
-        }
+        weights = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        state = {"layout": self._layout(), "weights": weights}
         return state if self._training is None else state | self._training.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` gave on this rank of the same layout.
 
         Raises:
-            ValueError: it belongs to another model, network, layout or rank; nothing was loaded.
+            ValueError: it is of another model, layout, rank or kind of network; nothing was loaded.
         """
-        expected = self._layout()
-        if state["layout"] != expected:
-            differing = {key: state["layout"].get(key) for key in expected if state["layout"].get(key) != expected[key]}
-            wanted = {key: expected[key] for key in differing}
-            raise ValueError(f"the saved network has {differing}, this one {wanted}; resume with the saved settings")
-        parameters = dict(self.model.named_parameters())
-        if state["weights"].keys() != parameters.keys():
-            different = sorted(state["weights"].keys() ^ parameters.keys())
-            raise ValueError(f"the saved network differs in {different}; resume with the model that it was saved from")
+        layout = self._layout()
+        for name, expected in layout.items():
+            if state["layout"].get(name) != expected:
+                raise ValueError(
+                    f"the saved network has {name} = {state['layout'].get(name)}, this one {expected}; "
+                    "resume with the settings that it was saved with"
+                )
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in self._model.named_parameters():
                 parameter.copy_(state["weights"][name])
         if self._training is not None:
             self._training.load_state_dict(state)
 
     def _layout(self) -> dict[str, Any]:
         return {
-            "head": self.head,
+            **{name: getattr(self._shape, name) for name in self._shape.__slots__},
+            "head": self._head,
             "trained": self._training is not None,
-            "shape": {name: getattr(self.shape, name) for name in self.shape.__slots__},
             "tensor": mpu.get_tensor_model_parallel_world_size(),
             "tensor_rank": mpu.get_tensor_model_parallel_rank(),
             "pipeline": mpu.get_pipeline_model_parallel_world_size(),
             "pipeline_rank": mpu.get_pipeline_model_parallel_rank(),
         }
 
-    def _logprobs(self, batch: Batch, logits: Tensor) -> Tensor:
-        """`[1, tokens, vocab / tensor parallel size]` -> `[tokens]`."""
-        group = mpu.get_tensor_model_parallel_group()
-        logprobs = token_logprobs(logits[0], batch, group if group.size() > 1 else None)
-        return logprobs.float().masked_fill(~batch.response_mask, 0.0)
+    def _run(
+        self, model: nn.Module, batches: Iterable[tuple[int, Batch]], collect: Collect, *, forward_only: bool
+    ) -> list[Any]:
+        """Megatron's schedule for this pipeline: what the last stage collected, nothing on the others."""
+        queue = list(batches)
 
-    def _values(self, batch: Batch, values: Tensor) -> Tensor:
-        """`[1, tokens, 1]` -> `[values]`."""
-        return values[0, :, 0].float()[batch.value_positions]
+        def step(remaining: Iterator[tuple[int, Batch]], model: nn.Module) -> tuple[Tensor, Any]:
+            index, batch = next(remaining)
+            batch = batch.to(self._device)
+            return model(batch), lambda output, **_: collect(index, batch, output)
+
+        collected: list[Any] = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(queue),
+            model=model,
+            num_microbatches=len(queue),
+            seq_length=1,  # not used, since lengths vary
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+        return collected
+
+    def _outputs(self, batch: Batch, output: Tensor) -> Tensor:
+        """`[1, tokens, channels]` -> logits `[tokens, vocab / tensor ranks]`, or float32 `[values]`."""
+        if self._head == "logits":
+            return output[0]
+        return output[0, batch.value_positions, 0].float()
+
+    def _score(self, _: int, batch: Batch, output: Tensor) -> Tensor:
+        outputs = self._outputs(batch, output)
+        if self._head == "value":
+            return outputs
+        group = mpu.get_tensor_model_parallel_group()
+        return token_logprobs(outputs, batch, group=group if group.size() > 1 else None)
 
     def _output_size(self, batch: Batch) -> int:
-        return batch.value_positions.shape[0] if self.head == "value" else batch.num_tokens
+        return batch.value_positions.shape[0] if self._head == "value" else batch.num_tokens
 
     def _from_last_stage(self, outputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         if mpu.is_pipeline_last_stage():
             flat = torch.cat(list(outputs))
         else:
-            flat = torch.empty(sum(sizes), dtype=torch.float32, device=self.device)
+            flat = torch.empty(sum(sizes), dtype=torch.float32, device=self._device)
         source = mpu.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(flat, source, group=mpu.get_pipeline_model_parallel_group())
-        return list(flat.split(list(sizes)))
+        return list(torch.split(flat, list(sizes)))
 
 
 class _Training:
@@ -262,12 +278,10 @@ class _Training:
     def __init__(
         self, config: TransformerConfig, model: _PackedModel, optimizer: OptimizerConfig, lr: float
     ) -> None:
-        self.wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
-        config.no_sync_func = self.wrapped.no_sync
-        # A loss is normalised over the whole update already, so gradients are added up and divided by nothing: with
-        # `calculate_per_token_loss` megatron divides neither by the number of micro-batches nor by that of replicas,
-        # and the token count by which it would divide instead is withheld here.
-        config.finalize_model_grads_func = lambda chunks, tokens, **groups: finalize_model_grads(chunks, **groups)
+        self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+        config.no_sync_func = self.model.no_sync
+        config.finalize_model_grads_func = _add_up_gradients
+        self._clip_grad = optimizer.clip_grad
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -277,12 +291,12 @@ class _Training:
                 adam_beta1=optimizer.beta1,
                 adam_beta2=optimizer.beta2,
                 adam_eps=optimizer.eps,
-                clip_grad=optimizer.clip_grad,
             ),
-            [self.wrapped],
+            [self.model],
             use_gloo_process_groups=False,
         )
-        # Exempts norms from weight decay too: parameter groups are only marked, the schedule sets their rates.
+        # It also keeps weight decay from the norms: parameter groups are only marked, the schedule acts on
+        # it.
         self._schedule = OptimizerParamScheduler(
             self._optimizer,
             init_lr=0.0,
@@ -296,89 +310,97 @@ class _Training:
             wd_incr_steps=1,
             wd_incr_style="constant",
         )
-        self._clip_grad = optimizer.clip_grad
 
     @property
     def learning_rate(self) -> float:
-        rates: set[float] = {group["lr"] for group in self._optimizer.param_groups}
-        return rates.pop()
+        rate: float = self._optimizer.param_groups[0]["lr"]
+        return rate
 
     def zero_gradients(self) -> None:
-        self.wrapped.zero_grad_buffer()
+        self.model.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-    def step(self) -> tuple[float, bool]:
-        """The norm of the whole gradient, before clipping, and whether the weights moved.
+    def step(self) -> float:
+        """Clip and step; returns the norm of the whole gradient before clipping. Not finite: no step.
 
-        Megatron's own step takes a NaN for a gradient that needs no clipping, hence these lines in its place.
+        In megatron's own step a NaN passes for a gradient that needs no clipping, hence these lines.
         """
         self._schedule.step(1)  # first, so that the first update has a rate
         self._optimizer.prepare_grads()
         grad_norm = self._grad_norm()
-        if not math.isfinite(grad_norm):
-            return grad_norm, False
-        if grad_norm > self._clip_grad:
-            gradients = [parameter.grad for parameter in self.wrapped.parameters()]
-            torch._foreach_mul_(gradients, self._clip_grad / grad_norm)
-        self._optimizer.step_with_ready_grads()
-        return grad_norm, True
+        if math.isfinite(grad_norm):
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_grad, torch.tensor(grad_norm))
+            self._optimizer.step_with_ready_grads()
+        return grad_norm
 
     def _grad_norm(self) -> float:
-        """Over all shards; what several ranks hold is counted once."""
+        """Over all shards. What several ranks hold, counts once."""
         gradients = [
             gradient
             for optimizer in self._optimizer.chained_optimizers
             for gradient in optimizer.get_main_grads_for_grad_norm()
         ]
-        squared = torch.zeros((), device=self.wrapped.module.cosine.device)
-        if gradients:
-            squared += torch.stack(torch._foreach_norm(gradients)).square().sum()
+        squared = nn.utils.get_total_norm(gradients).to(self.model.module.cosine.device).square()
         torch.distributed.all_reduce(squared, group=mpu.get_model_parallel_group())
         return math.sqrt(squared.item())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "schedule": self._schedule.state_dict()}
+        return {"optimizer": self._optimizer.state_dict(), "updates": self._schedule.num_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.num_steps = 0
-        self._schedule.load_state_dict(state["schedule"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would keep its tensors
+        self._schedule.num_steps = state["updates"]
+
+
+def _add_up_gradients(chunks: list[nn.Module], _tokens: Tensor, **groups: Any) -> None:
+    """All-reduce. A loss is normalised over the whole update already, so nothing is divided by anything.
+
+    With `calculate_per_token_loss` megatron divides neither by the number of micro-batches nor by the number
+    of data-parallel ranks, but by the number of tokens: here that is withheld.
+    """
+    finalize_model_grads(chunks, **groups)
 
 
 @dataclass
-class _PackedSequences(PackedSeqParams):
+class _PackedSequences(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of a pack, and the rotary tables of its positions, made once for all layers."""
 
     cosine: Tensor | None = None  # [tokens, 1, head_dim]
     sine: Tensor | None = None  # [tokens, 1, head_dim]
 
 
-class _PackedModel(GPTModel):
+class _PackedModel(GPTModel):  # type: ignore[misc]
     """This rank's stage and shard of the decoder, on packed batches."""
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, head: Head) -> None:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = _RMSNorm
-        layer.submodules.self_attention.submodules.core_attention = _PackedAttention
-        layers = shape.num_hidden_layers // config.pipeline_model_parallel_size
+        stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
+        layers = [_layer_spec()] * (shape.num_hidden_layers // stages)
         super().__init__(
             config,
-            TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=_RMSNorm),
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=_RMSNorm),
             vocab_size=shape.vocab_size,
             max_sequence_length=shape.max_position_embeddings,
-            pre_process=mpu.is_pipeline_first_stage(),
-            post_process=mpu.is_pipeline_last_stage(),
-            parallel_output=True,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+            parallel_output=True,  # logits stay split over the vocabulary
             share_embeddings_and_output_weights=shape.tie_word_embeddings and head == "logits",
-            position_embedding_type="none",  # rotation is part of our core attention
+            position_embedding_type="none",  # _PackedAttention rotates
         )
         if self.post_process and head == "value":
             self.output_layer = _ValueHead(config)
-        self.to(torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu")
+        # Which parameters are split decides whether their gradients count on every rank in the norm. Megatron
+        # says so while it draws first weights, which `perform_initialization=False` leaves out.
+        parameters = dict(self.named_parameters())
+        for weight in stage_weights(shape, head, stage=stage, stages=stages):
+            if weight.cut.dimension is not None:
+                split = parameters[weight.parameter]
+                set_tensor_model_parallel_attributes(
+                    split, is_parallel=True, dim=weight.cut.dimension, stride=1
+                )
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self.to(device)
         cosine, sine = rotary_tables(shape, shape.max_position_embeddings)
-        device = next(self.parameters()).device
         self.cosine, self.sine = cosine.to(device), sine.to(device)  # [positions, head_dim]
-        self._mark_shards(shape, head)
 
     def forward(self, batch: Batch) -> Tensor:
         """Last stage: `[1, tokens, vocab / tensor parallel size]` or `[1, tokens, 1]`; else hidden states."""
@@ -389,52 +411,71 @@ class _PackedModel(GPTModel):
             cosine=self.cosine[batch.position_ids][:, None],
             sine=self.sine[batch.position_ids][:, None],
         )
-        output: Tensor = super().forward(
-            batch.token_ids[None], batch.position_ids[None], None, packed_seq_params=sequences
-        )
+        token_ids, position_ids = batch.token_ids[None], batch.position_ids[None]
+        output: Tensor = super().forward(token_ids, position_ids, None, packed_seq_params=sequences)
         return output
 
     def _is_in_embd_group(self) -> bool:
-        """Tied embeddings: the stages need not agree on first weights by all-reduce, both load them."""
+        """With tied embeddings, first and last stage need not agree on first weights: both load theirs."""
         return False
-
-    def _mark_shards(self, shape: ModelShape, head: Head) -> None:
-        """Say which parameters are divided, or their gradients would count once in the norm, not once per rank.
-
-        Megatron says so while it draws first weights, which `perform_initialization=False` leaves out.
-        """
-        parameters = dict(self.named_parameters())
-        stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
-        for weight in stage_weights(shape, head, stage=stage, stages=stages):
-            if weight.cut.dimension is not None:
-                set_tensor_model_parallel_attributes(parameters[weight.parameter], True, weight.cut.dimension, 1)
 
 
 class _PackedAttention(nn.Module):
-    """Rotary embedding and causal attention within each packed sequence; megatron's own takes no packed input."""
+    """Rotary embedding and causal attention within each packed sequence. Megatron's own takes no packs."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **_settings: Any) -> None:
         super().__init__()
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: None, *, packed_seq_params: _PackedSequences, **_: Any
+        self, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, packed_seq_params: Any, **_: Any
     ) -> Tensor:
-        """`[tokens, heads, head_dim]` and twice `[tokens, groups, head_dim]` -> `[tokens, heads * head_dim]`."""
+        """`[tokens, heads, head_dim]`, twice `[tokens, groups, head_dim]` -> `[tokens, heads * head_dim]`."""
         cosine, sine = packed_seq_params.cosine, packed_seq_params.sine
-        assert cosine is not None and sine is not None
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q).flatten(1)
 
 
+class _SwiGLU(nn.Module):
+    """`[..., 2 * channels]`, gate then up -> `[..., channels]`: silu(gate) * up.
+
+    Megatron's plain version copies the halves apart and their gradients together: twice the time on a CPU.
+    """
+
+    def __init__(self, **_settings: Any) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        output: Tensor = _SwiGLUFunction.apply(gate_up)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _SwiGLUFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, for_output: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        for_gate_up = torch.empty_like(gate_up)
+        for_gate, for_up = for_gate_up.chunk(2, dim=-1)
+        torch.mul(for_output, nn.functional.silu(gate), out=for_up)
+        torch.ops.aten.silu_backward.grad_input(for_output * up, gate, grad_input=for_gate)
+        return for_gate_up
+
+
 class _RMSNorm(nn.RMSNorm):
-    """Named, because megatron's choice depends on whether Apex or Transformer Engine is installed."""
+    """Named here, because megatron's choice depends on whether Apex or Transformer Engine is installed."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
 class _ValueHead(nn.Module):
-    """Takes the place of the output layer of a value network; every tensor parallel rank holds all of it."""
+    """Takes the place of the output layer of a value network. Every tensor parallel rank holds all of it."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -442,6 +483,16 @@ class _ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
         return self.value_head(hidden), None
+
+
+def _layer_spec() -> Any:
+    """Megatron's own layer, with our norm, attention and activation in it."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = _RMSNorm
+    layer.submodules.pre_mlp_layernorm = _RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = _PackedAttention
+    layer.submodules.mlp.submodules.activation_func = _SwiGLU
+    return layer
 
 
 def _transformer_config(shape: ModelShape) -> TransformerConfig:
@@ -457,6 +508,7 @@ def _transformer_config(shape: ModelShape) -> TransformerConfig:
         layernorm_epsilon=shape.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
+        use_te_activation_func=True,  # that is, the one in the layer: _SwiGLU
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -466,12 +518,13 @@ def _transformer_config(shape: ModelShape) -> TransformerConfig:
         pipeline_dtype=torch.float32,
         perform_initialization=False,  # weights are always loaded
         use_cpu_initialization=not torch.cuda.is_available(),
-        calculate_per_token_loss=True,  # see _Training
+        calculate_per_token_loss=True,  # see _add_up_gradients
         variable_seq_lengths=pipeline > 1,  # each pack has its own number of tokens
-        moe_token_dispatcher_type="alltoall",  # which variable_seq_lengths insists on
-        batch_p2p_comm=False,  # with variable lengths, batches of sends and receives may cross
+        moe_token_dispatcher_type="alltoall",  # noqa: S106 (no password) variable_seq_lengths insists on it
+        batch_p2p_comm=False,  # batched sends and receives of varying lengths can cross
         deallocate_pipeline_outputs=False,
-        # Fused kernels of Apex and Transformer Engine, or compiled at first use:
+        cuda_graph_scope=[],  # the default is a deprecated word for the same, and warns
+        # Kernels of Apex and Transformer Engine, or compiled at first use:
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -480,36 +533,15 @@ def _transformer_config(shape: ModelShape) -> TransformerConfig:
     )
 
 
-def _run_schedule(
-    step: Any, model: nn.Module, micro_batches: Sequence[Any], device: torch.device, *, forward_only: bool
-) -> list[Any]:
-    """Megatron's schedule for this pipeline; what the last stage collected, and nothing on the others."""
-
-    def on_device() -> Iterator[Any]:
-        for item in micro_batches:
-            yield item.to(device) if isinstance(item, Batch) else (item[0], item[1].to(device))
-
-    collected: list[Any] = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=on_device(),
-        model=model,
-        num_microbatches=len(micro_batches),
-        seq_length=1,  # not used: the lengths vary
-        micro_batch_size=1,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
-    return collected
-
-
 def _over_all_ranks(collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Statistics of all micro-batches of all data-parallel ranks, equal on every rank of the job."""
     own = _combine({name: float(number) for name, number in item.items()} for item in collected)
-    if torch.distributed.get_world_size() == 1:
+    world_size = torch.distributed.get_world_size()
+    if world_size == 1:
         return own
     if mpu.get_tensor_model_parallel_rank() > 0:
-        own = {}  # those of the first tensor parallel rank, again
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        own = {}  # the same as on tensor parallel rank 0
+    gathered: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(gathered, own)
     return _combine(gathered)
 
@@ -520,14 +552,15 @@ def _combine(items: Iterable[Mapping[str, float]]) -> dict[str, float]:
         for name, number in item.items():
             if name not in total:
                 total[name] = number
+            elif name.endswith("_max"):
+                total[name] = max(total[name], number)
             else:
-                total[name] = max(total[name], number) if name.endswith(MAXIMUM) else total[name] + number
+                total[name] += number
     return total
 
 
 def _single_token() -> Batch:
     """What a data-parallel rank without micro-batches runs, for the sake of the collectives."""
-    nothing = torch.empty(0, dtype=torch.int64)
     return Batch(
         token_ids=torch.zeros(1, dtype=torch.int64),
         position_ids=torch.zeros(1, dtype=torch.int64),
@@ -539,5 +572,5 @@ def _single_token() -> Batch:
         value_positions=torch.zeros(1, dtype=torch.int64),
         value_turns=torch.zeros(1, dtype=torch.int64),
         turn_rewards=torch.zeros(1),
-        turn_sequences=nothing,
+        turn_sequences=torch.zeros(1, dtype=torch.int64),
     )

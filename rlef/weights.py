@@ -1,11 +1,11 @@
 """Megatron shards <-> Hugging Face names, for every tensor- and pipeline-parallel layout.
 
-Everything follows from one table, `stage_weights`: which parameters a pipeline stage holds, from which Hugging Face
-tensors each is made, and how it is cut over tensor parallel ranks. It needs no communication, so every process knows
-what the others hold, and whole weights travel as plain tensors in bounded buckets.
+Everything follows from one table, `stage_weights`: which parameters a pipeline stage holds, from which
+Hugging Face tensors each is made, and how it is cut over tensor parallel ranks. It needs no communication, so
+every process knows what the others hold, and whole weights travel as plain tensors in bounded buckets.
 
-Megatron keeps query, key and value in one matrix, group by group (the query heads of a group, its key head, its value
-head), and gate and up in another. Both are cut by rows, so that a rank holds whole groups and matching gate/up rows.
+Megatron keeps query, key and value in one matrix, group by group (the query heads of a group, its key head,
+its value head), and gate and up in another. Both are cut so that a rank holds whole groups and matching rows.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, world_size: int) -
     }
     for what, size in divided.items():
         if size % parallel.tensor:
-            fitting = [n for n in range(1, parallel.tensor) if all(size % n == 0 for size in divided.values())]
+            fitting = [
+                n for n in range(1, parallel.tensor) if all(size % n == 0 for size in divided.values())
+            ]
             raise ConfigError(
                 f"parallel.tensor is {parallel.tensor}, which does not divide the model's {size} {what}; "
                 f"use {_either(fitting)}"
@@ -88,8 +90,8 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, world_size: int) -
     replica = parallel.tensor * parallel.pipeline
     if world_size % replica:
         raise ConfigError(
-            f"parallel.processes is {world_size}, which parallel.tensor x parallel.pipeline = {parallel.tensor} x "
-            f"{parallel.pipeline} = {replica} does not divide; use a multiple of {replica}"
+            f"parallel.processes is {world_size}, which parallel.tensor x parallel.pipeline = "
+            f"{parallel.tensor} x {parallel.pipeline} = {replica} does not divide; take a multiple of it"
         )
 
 
@@ -130,9 +132,13 @@ def stage_weights(shape: ModelShape, head: Head, *, stage: int, stages: int) -> 
             _weight(f"{here}.mlp.linear_fc2.weight", Cut.COLUMNS, down),
         ]
     if stage == stages - 1:
-        weights.append(_weight("decoder.final_layernorm.weight", Cut.REPLICATED, {"model.norm.weight": (hidden,)}))
+        weights.append(
+            _weight("decoder.final_layernorm.weight", Cut.REPLICATED, {"model.norm.weight": (hidden,)})
+        )
         if head == "value":
-            weights.append(_weight("output_layer.value_head.weight", Cut.REPLICATED, {_VALUE_HEAD: (1, hidden)}))
+            weights.append(
+                _weight("output_layer.value_head.weight", Cut.REPLICATED, {_VALUE_HEAD: (1, hidden)})
+            )
         elif not shape.tie_word_embeddings:
             weights.append(_weight("output_layer.weight", Cut.ROWS, {"lm_head.weight": embedding}))
         elif stages > 1:  # tied, and the stage with the embedding is another one
@@ -160,7 +166,7 @@ def cut_shard(tensors: Sequence[Tensor], cut: Cut, shape: ModelShape, *, rank: i
         case Cut.GATE_UP:
             return torch.cat([tensor.chunk(size, dim=0)[rank] for tensor in tensors])
         case Cut.QUERY_KEY_VALUE:
-            groups = [tensor.unflatten(0, (shape.num_key_value_heads, -1)) for tensor in tensors]
+            groups = [_by_group(tensor, shape) for tensor in tensors]
             return torch.cat(groups, dim=1).flatten(0, 1).chunk(size, dim=0)[rank]
 
 
@@ -177,9 +183,15 @@ def join_shards(shards: Sequence[Tensor], cut: Cut, shape: ModelShape) -> list[T
             gates, ups = zip(*(shard.chunk(2, dim=0) for shard in shards), strict=True)
             return [torch.cat(gates), torch.cat(ups)]
         case Cut.QUERY_KEY_VALUE:
-            groups = torch.cat(list(shards)).unflatten(0, (shape.num_key_value_heads, -1))
             queries = shape.num_attention_heads // shape.num_key_value_heads * shape.head_dim
-            return [part.flatten(0, 1) for part in groups.split([queries, shape.head_dim, shape.head_dim], dim=1)]
+            sizes = [queries, shape.head_dim, shape.head_dim]
+            groups = torch.split(_by_group(torch.cat(list(shards)), shape), sizes, dim=1)
+            return [part.flatten(0, 1) for part in groups]
+
+
+def _by_group(tensor: Tensor, shape: ModelShape) -> Tensor:
+    """`[rows, columns]` -> `[groups, rows of a group, columns]`."""
+    return tensor.reshape(shape.num_key_value_heads, -1, tensor.shape[1])
 
 
 def load_huggingface(
@@ -193,7 +205,7 @@ def load_huggingface(
 ) -> None:
     """Copy this rank's part of the whole weights `named` into the Megatron module of its stage.
 
-    A value network ignores `lm_head.weight`, and its head starts at zero unless `named` has a `value_head.weight`.
+    A value network ignores `lm_head.weight`. Its head starts at zero, unless `named` has `value_head.weight`.
 
     Raises:
         ValueError: a tensor is missing, or has another shape than the model.
@@ -205,7 +217,9 @@ def load_huggingface(
     weights = stage_weights(shape, head, stage=pipeline_group.rank(), stages=pipeline_group.size())
     assert parameters.keys() == {weight.parameter for weight in weights}, "the table and the module disagree"
     for weight in weights:
-        tensors = [_checked(named, name, size) for name, size in zip(weight.names, weight.shapes, strict=True)]
+        tensors = [
+            _checked(named, name, size) for name, size in zip(weight.names, weight.shapes, strict=True)
+        ]
         with torch.no_grad():
             parameters[weight.parameter].copy_(cut_shard(tensors, weight.cut, shape, rank=rank, size=size))
 
@@ -214,7 +228,9 @@ def _checked(named: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> 
     if name not in named:
         raise ValueError(f"the weights lack {name}; load a whole Llama checkpoint of this shape")
     if named[name].shape != shape:
-        raise ValueError(f"{name} has shape {list(named[name].shape)}, but config.json makes it {list(shape)}")
+        raise ValueError(
+            f"{name} has shape {list(named[name].shape)}, but config.json makes it {list(shape)}"
+        )
     return named[name]
 
 
@@ -227,16 +243,20 @@ def gather_huggingface(
     pipeline_group: ProcessGroup,
     bucket_elements: int = BUCKET_ELEMENTS,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The whole weights under Hugging Face names, on every rank. Collective: every rank must read it to its end.
+    """The whole weights under Hugging Face names, on every rank. Collective: all must read it to its end.
 
-    Each bucket of about `bucket_elements` is gathered over the tensor parallel ranks of the stage that holds it and
-    then broadcast to the other stages. What is yielded is a copy: later updates do not change it.
+    Each bucket of at most `bucket_elements` is gathered over the tensor parallel ranks of the stage that
+    holds it, and then broadcast to the other stages. What is yielded are copies.
     """
     parameters = dict(module.named_parameters())
     example = next(iter(parameters.values()))
     own_stage, stages = pipeline_group.rank(), pipeline_group.size()
     for stage in range(stages):
-        weights = [weight for weight in stage_weights(shape, head, stage=stage, stages=stages) if not weight.duplicate]
+        weights = [
+            weight
+            for weight in stage_weights(shape, head, stage=stage, stages=stages)
+            if not weight.duplicate
+        ]
         for bucket in _buckets(weights, bucket_elements):
             if stage == own_stage:
                 flat = _gather_bucket(bucket, parameters, shape, tensor_group)
@@ -261,7 +281,10 @@ def _buckets(weights: Iterable[StageWeight], elements: int) -> Iterator[list[Sta
 
 
 def _gather_bucket(
-    bucket: Sequence[StageWeight], parameters: Mapping[str, Tensor], shape: ModelShape, tensor_group: ProcessGroup
+    bucket: Sequence[StageWeight],
+    parameters: Mapping[str, Tensor],
+    shape: ModelShape,
+    tensor_group: ProcessGroup,
 ) -> Tensor:
     """The whole tensors of a bucket, flat, from the shards of all tensor parallel ranks of this stage."""
     shards = [parameters[weight.parameter].detach() for weight in bucket]
@@ -270,7 +293,8 @@ def _gather_bucket(
     if tensor_group.size() > 1:
         ranks = [torch.empty_like(flat) for _ in range(tensor_group.size())]
         torch.distributed.all_gather(ranks, flat, group=tensor_group)
-    split = [rank.split([shard.numel() for shard in shards]) for rank in ranks]  # [tensor ranks][parameters]
+    sizes = [shard.numel() for shard in shards]
+    split = [torch.split(rank, sizes) for rank in ranks]  # [tensor ranks][parameters]
     whole: list[Tensor] = []
     for index, (weight, shard) in enumerate(zip(bucket, shards, strict=True)):
         whole += join_shards([rank[index].view(shard.shape) for rank in split], weight.cut, shape)
@@ -280,6 +304,6 @@ def _gather_bucket(
 def _unpack(flat: Tensor, bucket: Sequence[StageWeight]) -> Iterator[tuple[str, Tensor]]:
     names = [name for weight in bucket for name in weight.names]
     shapes = [shape for weight in bucket for shape in weight.shapes]
-    parts = flat.split([torch.Size(shape).numel() for shape in shapes])
+    parts = torch.split(flat, [torch.Size(shape).numel() for shape in shapes])
     for name, shape, part in zip(names, shapes, parts, strict=True):
         yield name, part.view(shape)

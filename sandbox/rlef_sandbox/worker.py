@@ -14,36 +14,51 @@ SOCKET = 3
 MAIN_STACK_BYTES = 512 << 20  # room for deep recursion; the kernel fixes it when a process image starts
 SOURCE_NAME = "solution.py"
 
-# What programs import most, so that they find it loaded.
+# What programs import most, so that they find it loaded. Every extension module costs each fork some mappings.
 WARM_MODULES = (
-    "array",
     "bisect",
-    "cmath",
     "collections",
     "copy",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "enum",
-    "fractions",
     "functools",
     "heapq",
     "io",
     "itertools",
-    "json",
     "math",
     "operator",
-    "queue",
-    "random",
     "re",
-    "statistics",
     "string",
-    "struct",
-    "textwrap",
     "threading",
     "time",
+    "traceback",
     "typing",
 )
+
+WARM_ROUNDS = 20  # after some calls the interpreter rewrites code for what it has met, and then leaves it alone
+REHEARSAL_INPUT = b"3\n1 2 3\nabc\n4 5\n"
+REHEARSAL = b"""
+import sys
+from collections import Counter, defaultdict
+
+class Pair:
+    def __init__(self, left, right):
+        self.left, self.right = left, right
+
+def solve(numbers):
+    seen = defaultdict(list)
+    for index, number in enumerate(sorted(numbers, key=lambda value: -value)):
+        seen[number % 2].append(Pair(index, number))
+    return {key: [pair.right for pair in pairs] for key, pairs in seen.items()}
+
+count = int(input())
+numbers = list(map(int, input().split()))
+print(sum(numbers), max(numbers), *numbers[::-1])
+print(f"{count / 2:.3f}", " ".join(str(number) for number in numbers), sep="|")
+print(solve(numbers), Counter(input().strip()).most_common(1), len(set(numbers)))
+for line in sys.stdin:
+    sys.stdout.write(line.upper())
+    sys.stdout.flush()
+[][0]
+"""
 
 
 def main() -> None:
@@ -99,29 +114,50 @@ def _outermost(paths: list[str]) -> list[str]:
 
 
 def _warm_up() -> None:
-    """Load and touch what programs will use, give them a `__main__` of their own, and freeze the heap."""
-    import builtins
+    """Load and touch what programs will use, so that their processes share it, and freeze the heap."""
     import gc
     import importlib
     import site
-    import types
 
     # Modules that reseed themselves after a fork would make programs unrepeatable.
     register_at_fork, os.register_at_fork = os.register_at_fork, lambda **_: None
-    import random
-
+    random = importlib.import_module("random")
     os.register_at_fork = register_at_fork
     random.seed(0)
     for name in WARM_MODULES:
         importlib.import_module(name)
     site.setquit()  # exit() and quit(), which -S leaves out
     sys.argv[:] = [SOURCE_NAME]
+    for _ in range(WARM_ROUNDS):
+        _rehearse()
+    _new_main_module()
+    gc.collect()
+    gc.freeze()
+
+
+def _rehearse() -> None:
+    """Run the rehearsal as a program would be, on files that replace this process's standard streams for a while."""
+    kept = [os.dup(stream) for stream in range(3)]
+    for stream in range(3):
+        file = os.memfd_create("rehearsal")
+        os.dup2(file, stream)
+        os.close(file)
+    os.pwrite(0, REHEARSAL_INPUT, 0)
+    _new_main_module()
+    _run(_compile(REHEARSAL))
+    for stream, file in enumerate(kept):
+        getattr(sys, ("stdin", "stdout", "stderr")[stream]).seek(0)
+        os.dup2(file, stream)
+        os.close(file)
+
+
+def _new_main_module() -> None:
+    import builtins
+    import types
+
     module = types.ModuleType("__main__")
     module.__dict__.update(__builtins__=builtins, __file__=SOURCE_NAME)
     sys.modules["__main__"] = module
-    _compile(b"import sys\nfor line in sys.stdin:\n    print(line, end='')\n")
-    gc.collect()
-    gc.freeze()
 
 
 def _compile(source: bytes):
@@ -194,8 +230,9 @@ def _finish(namespace: dict[str, object], status: int) -> int:
     """What matters of the interpreter's end: threads, exit functions, and output that is still in buffers."""
     import atexit
 
-    threading = sys.modules.get("threading")
-    if threading is not None:
+    import threading
+
+    if threading.active_count() > 1:
         threading._shutdown()
     atexit._run_exitfuncs()
     streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__

@@ -11,7 +11,7 @@ from rlef_sandbox import _core
 from rlef_sandbox.layers import mask_of
 
 _FLAGS = ("-S", "-s", "-B", "-X", "utf8")  # no site-packages, no user folder, no bytecode written
-_ENVIRONMENT = ("PYTHONHASHSEED=0",)  # nothing else: a program's output does not depend on the worker
+_ENVIRONMENT = ("PYTHONHASHSEED=0", "LD_BIND_NOW=1")
 
 
 def start_workers(count: int, *, allow_missing: Collection[str]) -> _core.Supervisor:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from rlef.records import StepStats, TurnOutcome
-from rlef.telemetry import METRICS_FILE, SECONDS, read_metrics
+from rlef.telemetry import BETWEEN_STEPS, METRICS_FILE, SECONDS, read_metrics
 
 SUMMARY_FILE = "summary.json"
 DIALOGS_FILE = "dialogs.jsonl"
 REPORT_FILE = "report.html"
 PHASES = ("start", "final")
-_TEMPLATE = "report.html.jinja"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +80,20 @@ class Comparison:
             return f"× {self.final.value / self.start.value:.2f}"
         return f"{self.final.value - self.start.value:+.2f}"
 
-    def text(self, phase: str) -> str:
-        figure = self.start if phase == "start" else self.final
+    def value(self, phase: str) -> str:
+        figure = self._of(phase)
         if figure is None:
             return "-"
-        value = self._number(figure.value) + (" %" if self.is_share else "")
-        if figure.low is None or figure.high is None:
-            return value
-        return f"{value} [{self._number(figure.low)}, {self._number(figure.high)}]"
+        return self._number(figure.value) + (" %" if self.is_share else "")
+
+    def interval(self, phase: str) -> str:
+        figure = self._of(phase)
+        if figure is None or figure.low is None or figure.high is None:
+            return ""
+        return f"[{self._number(figure.low)}, {self._number(figure.high)}]"
+
+    def _of(self, phase: str) -> Measured | None:
+        return self.start if phase == "start" else self.final
 
     def _number(self, value: float) -> str:
         return f"{100 * value:.1f}" if self.is_share else f"{value:.2f}"
@@ -142,16 +148,7 @@ def render_report(
     name: str, summary: Mapping[str, Any], *, metrics: Sequence[StepStats], dialogs: Sequence[DialogExample]
 ) -> str:
     """The page as one string without any reference to the outside."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["segments"] = text_segments
-    environment.filters["words"] = lambda value: value.replace("_", " ")
-    return environment.get_template(_TEMPLATE).render(
+    return _template().render(
         name=name,
         summary=summary,
         budget=_budget(summary),
@@ -191,14 +188,13 @@ def compare(summary: Mapping[str, Any]) -> list[Comparison]:
 
 def before_after_table(summary: Mapping[str, Any]) -> Table:
     """The same for the terminal."""
-    table = Table(
-        title="held-out problems, 95 % intervals in brackets", title_style="dim", box=None, padding=(0, 2)
-    )
-    table.add_column("")
+    table = Table(caption="held-out problems; 95 % intervals in brackets", box=None, padding=(0, 1))
+    table.add_column("", no_wrap=True)
     for heading in ("start", "final", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in compare(summary):
-        table.add_row(row.label, row.text("start"), row.text("final"), row.change)
+        figures = (f"{row.value(phase)} {row.interval(phase)}".strip() for phase in PHASES)
+        table.add_row(row.label, *figures, row.change)
     return table
 
 
@@ -244,6 +240,20 @@ def text_segments(text: str) -> list[tuple[bool, str]]:
     """A message cut into prose and fenced programs: (is a program, text)."""
     pieces = re.split(r"```(?:\w+)?\n(.*?)(?:```|\Z)", text, flags=re.DOTALL)
     return [(place % 2 == 1, piece.strip("\n")) for place, piece in enumerate(pieces) if piece.strip()]
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["segments"] = text_segments
+    environment.filters["words"] = lambda value: value.replace("_", " ")
+    return environment.get_template("report.html.jinja")
 
 
 def _budget(summary: Mapping[str, Any]) -> str:
@@ -359,7 +369,9 @@ def _charts(metrics: Sequence[StepStats]) -> list[tuple[str, markupsafe.Markup]]
             figure, axes = _figure(chart.unit)
             _draw_curve(axes, points)
             charts.append((chart.title, _svg(figure, chart.title)))
-    phases = sorted({name for stats in metrics for name in stats.metrics if name.startswith(f"{SECONDS}/")})
+    between = {f"{SECONDS}/{phase}" for phase in BETWEEN_STEPS}
+    recorded = {name for stats in metrics for name in stats.metrics if name.startswith(f"{SECONDS}/")}
+    phases = sorted(recorded - between)
     if phases:
         figure, axes = _figure("seconds a step")
         _draw_phases(axes, metrics, phases)
@@ -378,6 +390,7 @@ def _figure(unit: str) -> tuple[Figure, Axes]:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure, axes
@@ -407,7 +420,9 @@ def _draw_phases(axes: Axes, metrics: Sequence[StepStats], phases: Sequence[str]
         top = [below + spent for below, spent in zip(floor, seconds, strict=True)]
         colour = _SERIES[place % len(_SERIES)]
         label = phase.removeprefix(f"{SECONDS}/").replace("_", " ")
-        axes.bar(steps, seconds, bottom=floor, width=1.0, color=colour, linewidth=0, label=label)
+        axes.bar(
+            steps, seconds, bottom=floor, width=1.0, color=colour, linewidth=0, antialiased=False, label=label
+        )
         floor = top
     axes.legend(
         frameon=False, fontsize=9, labelcolor=_INK, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.22)

@@ -121,7 +121,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[StepStats]:
-    """The steps of a `metrics.jsonl`. A last line without its newline was cut short by a crash and does not count.
+    """The steps of a `metrics.jsonl`. A last line without its newline, cut short by a crash, does not count.
 
     Raises:
         ValueError: another line is not one of ours; the message names it.
@@ -190,7 +190,8 @@ class Telemetry:
 
     def _one_line(self) -> str:
         figures = "".join(f"  {label} {value}" for label, value in self._figures())
-        return f"step {self._completed_steps}/{self._total_steps}{figures}  left {_clock_time(self._seconds_left())}"
+        left = _clock_time(self._seconds_left())
+        return f"step {self._completed_steps}/{self._total_steps}{figures}  left {left}"
 
     def _render(self) -> Group:
         bar = Table.grid(padding=(0, 2))

@@ -132,46 +132,6 @@ std::vector<sock_filter> compile(const Policy& policy) {
     return code;
 }
 
-std::uint32_t evaluate(const std::vector<sock_filter>& program, std::uint32_t architecture, std::uint32_t number,
-                       const std::uint64_t (&arguments)[6]) {
-    std::uint32_t accumulator = 0;
-    for (std::size_t at = 0; at < program.size(); ++at) {
-        const auto& step = program[at];
-        switch (step.code) {
-            case BPF_LD | BPF_W | BPF_ABS:
-                if (step.k == offsetof(seccomp_data, nr)) {
-                    accumulator = number;
-                } else if (step.k == offsetof(seccomp_data, arch)) {
-                    accumulator = architecture;
-                } else {
-                    const auto offset = step.k - offsetof(seccomp_data, args);
-                    accumulator = static_cast<std::uint32_t>(arguments[offset / 8] >> (offset % 8 * 8));
-                }
-                break;
-            case BPF_ALU | BPF_AND | BPF_K:
-                accumulator &= step.k;
-                break;
-            case BPF_JMP | BPF_JA:
-                at += step.k;
-                break;
-            case BPF_JMP | BPF_JEQ | BPF_K:
-                at += accumulator == step.k ? step.jt : step.jf;
-                break;
-            case BPF_JMP | BPF_JGE | BPF_K:
-                at += accumulator >= step.k ? step.jt : step.jf;
-                break;
-            case BPF_JMP | BPF_JSET | BPF_K:
-                at += accumulator & step.k ? step.jt : step.jf;
-                break;
-            case BPF_RET | BPF_K:
-                return step.k;
-            default:
-                throw std::logic_error("an instruction that compile does not emit");
-        }
-    }
-    throw std::logic_error("a filter that does not answer");
-}
-
 int install(const std::vector<sock_filter>& program) {
     const sock_fprog filter{static_cast<unsigned short>(program.size()), const_cast<sock_filter*>(program.data())};
     return ::syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filter) == 0 ? 0 : errno;

@@ -40,10 +40,6 @@ struct Policy {
 /// Compiles a policy to BPF: a binary search over the numbers, whose leaves check arguments.
 std::vector<sock_filter> compile(const Policy& policy);
 
-/// What `program` answers to a system call: an interpreter of the few instructions that `compile` emits.
-std::uint32_t evaluate(const std::vector<sock_filter>& program, std::uint32_t architecture, std::uint32_t number,
-                       const std::uint64_t (&arguments)[6]);
-
 /// Puts the filter on this thread for good. Returns 0 or errno.
 int install(const std::vector<sock_filter>& program);
 

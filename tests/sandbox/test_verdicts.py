@@ -1,0 +1,199 @@
+"""Each verdict, and the facts that come with it."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from rlef_sandbox import Executor, Limits, Test, Verdict
+
+
+def test_expected_output_passes(run):
+    result = run("print(int(input()) * 2)", "4\n", "8\n")
+
+    assert (result.verdict, result.exit_code, result.signal) == (Verdict.PASSED, 0, None)
+    assert (result.stdout, result.stderr) == ("8\n", "")
+
+
+def test_other_output_is_wrong(run):
+    result = run("print(int(input()) * 2)", "4\n", "9\n")
+
+    assert (result.verdict, result.exit_code, result.stdout) == (Verdict.WRONG_OUTPUT, 0, "8\n")
+
+
+def test_exception_shows_the_traceback_of_the_solution_alone(run):
+    result = run("def half(x):\n    return 1 / x\nprint(half(0))\n")
+
+    assert (result.verdict, result.exit_code) == (Verdict.EXCEPTION, 1)
+    assert result.stderr == (
+        "Traceback (most recent call last):\n"
+        '  File "solution.py", line 3, in <module>\n'
+        "    print(half(0))\n"
+        "          ^^^^^^^\n"
+        '  File "solution.py", line 2, in half\n'
+        "    return 1 / x\n"
+        "           ~~^~~\n"
+        "ZeroDivisionError: division by zero\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "exit_code"),
+    [
+        ("raise SystemExit(3)", 3),
+        ("raise SystemExit('no')", 1),
+        ("exit(4)", 4),
+        ("import os; os._exit(5)", 5),
+        ("import sys; sys.exit(256 + 7)", 7),
+    ],
+)
+def test_exit_status_other_than_zero_is_an_exception(run, program, exit_code):
+    result = run(program)
+
+    assert (result.verdict, result.exit_code) == (Verdict.EXCEPTION, exit_code)
+
+
+@pytest.mark.parametrize("program", ["exit()", "import sys; sys.exit(0)", "raise SystemExit", "import os; os._exit(0)"])
+def test_exit_status_zero_leaves_the_verdict_to_the_output(run, program):
+    assert run(program, expected="").verdict is Verdict.PASSED
+    assert run(program, expected="42").verdict is Verdict.WRONG_OUTPUT
+
+
+def test_right_output_before_a_crash_does_not_pass(run):
+    assert run("print(8)\n1 / 0", expected="8\n").verdict is Verdict.EXCEPTION
+
+
+def test_signal_that_nobody_explains_is_an_exception(run):
+    result = run("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+
+    assert (result.verdict, result.exit_code, result.signal) == (Verdict.EXCEPTION, None, signal.SIGTERM)
+
+
+def test_busy_loop_times_out_by_its_cpu_time(run):
+    result = run("while True: pass", limits=Limits(cpu_s=0.2, wall_s=20.0))
+
+    assert result.verdict is Verdict.TIMEOUT
+    assert 0.2 <= result.cpu_s < 0.5
+
+
+def test_sleep_times_out_by_the_wall_clock(run):
+    result = run("import time; time.sleep(60)", limits=Limits(cpu_s=5.0, wall_s=0.2))
+
+    assert result.verdict is Verdict.TIMEOUT
+    assert result.wall_s >= 0.2
+    assert result.cpu_s < 0.2
+
+
+def test_output_before_a_timeout_is_kept(run):
+    result = run("print('so far', flush=True)\nwhile True: pass", limits=Limits(cpu_s=0.1))
+
+    assert (result.verdict, result.stdout) == (Verdict.TIMEOUT, "so far\n")
+
+
+def test_allocation_beyond_the_limit_is_out_of_memory(run):
+    result = run("x = bytearray(10**11)")
+
+    assert result.verdict is Verdict.OUT_OF_MEMORY
+    assert result.stderr.endswith("MemoryError\n")
+
+
+def test_memory_that_was_really_used_counts_though_the_program_ended_well(run):
+    result = run("x = bytearray(b'1') * (100 << 20)", limits=Limits(memory_bytes=50 << 20))
+
+    assert (result.verdict, result.exit_code) == (Verdict.OUT_OF_MEMORY, 0)
+    assert result.peak_memory_bytes > 100 << 20
+
+
+def test_handled_memory_error_is_no_failure(run):
+    program = "try:\n    x = bytearray(10**11)\nexcept MemoryError:\n    print('ok')"
+
+    assert run(program, expected="ok\n").verdict is Verdict.PASSED
+
+
+def test_output_beyond_the_limit_is_output_limit(run):
+    result = run("while True: print('x' * 1000)", limits=Limits(output_bytes=100_000, kept_output_bytes=10))
+
+    assert (result.verdict, result.signal) == (Verdict.OUTPUT_LIMIT, signal.SIGXFSZ)
+    assert (result.stdout, result.stdout_truncated) == ("x" * 10, True)
+
+
+def test_output_of_exactly_the_limit_passes(run):
+    limits = Limits(output_bytes=1000)
+
+    assert run("print('x' * 1000, end='')", expected="x" * 1000, limits=limits).verdict is Verdict.PASSED
+
+
+def test_standard_error_has_the_same_limit(run):
+    program = "import sys\nwhile True: sys.stderr.write('x' * 1000)"
+
+    assert run(program, limits=Limits(output_bytes=100_000)).verdict is Verdict.OUTPUT_LIMIT
+
+
+def test_standard_error_keeps_its_end(run):
+    result = run("import sys; sys.stderr.write('abcdef')", limits=Limits(kept_output_bytes=3))
+
+    assert (result.stderr, result.stderr_truncated) == ("def", True)
+
+
+@pytest.mark.parametrize("program", ["def f(:", "x = 'a", "if True:\nx = 1", "x = 1\0", "x = '\udc80'", "\xa0= 1", "return"])
+def test_what_does_not_parse_is_a_syntax_error(run, program):
+    result = run(program)
+
+    assert (result.verdict, result.exit_code) == (Verdict.SYNTAX_ERROR, 1)
+    assert "SyntaxError" in result.stderr or "IndentationError" in result.stderr
+
+
+def test_syntax_error_points_at_the_line(run):
+    assert run("x = 1\ny = )\n").stderr == (
+        '  File "solution.py", line 2\n    y = )\n        ^\nSyntaxError: unmatched \')\'\n'
+    )
+
+
+def test_source_that_overflows_the_compiler_harms_nobody(executor: Executor):
+    deep = executor.run("(" * 100_000, [Test("", "")])[0]
+    chain = executor.run("x = " + "-" * 200_000 + "1", [Test("", "")])[0]
+    after = executor.run("print(1)", [Test("", "1")])[0]
+
+    assert deep.verdict is Verdict.SYNTAX_ERROR
+    assert chain.verdict in {Verdict.SYNTAX_ERROR, Verdict.EXCEPTION, Verdict.OUT_OF_MEMORY}
+    assert after.verdict is Verdict.PASSED
+
+
+def test_hostile_system_call_is_a_security_verdict(run):
+    result = run("import socket; socket.socket()")
+
+    assert (result.verdict, result.signal) == (Verdict.SECURITY, signal.SIGSYS)
+
+
+def test_tests_after_the_first_failure_are_skipped(executor: Executor):
+    tests = [Test("1", "1"), Test("2", "9"), Test("3", "3")]
+
+    results = executor.run("print(input())", tests, stop_at_first_failure=True)
+
+    assert [result.verdict.value for result in results] == ["passed", "wrong_output", "skipped"]
+    assert (results[2].exit_code, results[2].signal, results[2].stdout) == (None, None, "")
+
+
+def test_every_test_runs_unless_told_to_stop(executor: Executor):
+    tests = [Test("1", "1"), Test("2", "9"), Test("3", "3")]
+
+    results = executor.run("print(input())", tests)
+
+    assert [result.verdict.value for result in results] == ["passed", "wrong_output", "passed"]
+
+
+def test_syntax_error_is_the_verdict_of_every_test_unless_told_to_stop(executor: Executor):
+    tests = [Test("", "")] * 3
+
+    every = executor.run("(", tests)
+    first = executor.run("(", tests, stop_at_first_failure=True)
+
+    assert [result.verdict.value for result in every] == ["syntax_error"] * 3
+    assert [result.verdict.value for result in first] == ["syntax_error", "skipped", "skipped"]
+
+
+def test_output_that_is_not_utf8_is_decoded_with_replacement(run):
+    result = run("import sys; sys.stdout.buffer.write(b'a\\xffb\\x00')")
+
+    assert result.stdout == "a\ufffdb\x00"

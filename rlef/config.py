@@ -1,11 +1,14 @@
-"""One frozen tree of settings. Every constant of the paper is a named setting here, and its default is the paper's.
+"""One frozen tree of settings. Every constant of the paper is a named setting here, and its default is the
+paper's.
 
-A run file is TOML with these sections as tables; `a.b=c` on the command line overrides one value. Unknown keys and
-values out of range are errors before anything starts. A function takes its own section, never the whole tree.
+A run file is TOML with these sections as tables; `a.b=c` on the command line overrides one value. Unknown
+keys and values out of range are errors before anything starts. A function takes its own section, never the
+whole tree.
 """
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,3 +138,116 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The settings of a TOML file, with `section.key=value` overrides; a `ConfigError` names what to mend."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no run file {str(path)!r}; configs/ has examples") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error.errors()[0])) from None
+    check_arithmetic(config)
+    return config
+
+
+def check_arithmetic(config: Config) -> None:
+    """Numbers that must fit each other, checked before anything starts."""
+    episodes, updates = config.rollout.episodes_per_step, config.ppo.updates_per_step
+    if episodes % updates:
+        raise ConfigError(
+            f"rollout.episodes_per_step = {episodes} is not a multiple of ppo.updates_per_step = {updates}; "
+            f"use {max(1, episodes // updates) * updates}"
+        )
+    model_parallel = config.parallel.tensor * config.parallel.pipeline
+    if config.parallel.processes % model_parallel:
+        raise ConfigError(
+            f"parallel.processes = {config.parallel.processes} is not a multiple of parallel.tensor x "
+            f"parallel.pipeline = {model_parallel}; use {model_parallel}"
+        )
+    data_parallel = config.parallel.processes // model_parallel
+    if episodes // updates < data_parallel:
+        raise ConfigError(
+            f"rollout.episodes_per_step / ppo.updates_per_step = {episodes // updates} sequences an update "
+            f"cannot be shared by {data_parallel} data-parallel ranks; raise rollout.episodes_per_step"
+        )
+
+
+def longest_dialog(rollout: RolloutConfig) -> int:
+    """The most tokens that an episode can have under these settings."""
+    feedback = rollout.max_feedback_tokens + 1  # an unfinished response is closed by an end-of-turn token
+    return (
+        rollout.max_prompt_tokens
+        + rollout.turns * rollout.max_response_tokens
+        + (rollout.turns - 1) * feedback
+    )
+
+
+def check_context(rollout: RolloutConfig, max_position_embeddings: int) -> None:
+    """The longest possible dialog must fit the model's context."""
+    longest = longest_dialog(rollout)
+    if longest > max_position_embeddings:
+        raise ConfigError(
+            f"a dialog can grow to {longest} tokens (rollout.max_prompt_tokens = "
+            f"{rollout.max_prompt_tokens}, "
+            f"max_response_tokens = {rollout.max_response_tokens}, max_feedback_tokens = "
+            f"{rollout.max_feedback_tokens}, turns = {rollout.turns}), but the model's context holds "
+            f"{max_position_embeddings}; lower one of them"
+        )
+
+
+def describe_arithmetic(config: Config) -> dict[str, int]:
+    """What the batch settings amount to, for `--dry-run`."""
+    data_parallel = config.parallel.processes // (config.parallel.tensor * config.parallel.pipeline)
+    episodes = config.rollout.episodes_per_step
+    return {
+        "processes": config.parallel.processes,
+        "data-parallel replicas": data_parallel,
+        "episodes a step": episodes,
+        "episodes sampled by each process (at most)": -(-episodes // config.parallel.processes),
+        "sequences an update": episodes // config.ppo.updates_per_step,
+        "sequences an update and replica (at most)": -(
+            -(episodes // config.ppo.updates_per_step) // data_parallel
+        ),
+        "updates in all": config.run.steps * config.ppo.updates_per_step,
+        "episodes in all": config.run.steps * episodes,
+        "longest dialog in tokens": longest_dialog(config.rollout),
+    }
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not separator or not dot:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, such as run.seed=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    table = tree.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"override {override!r}: {section!r} is not a section")
+    table[key] = value
+
+
+def _explain(error: Any) -> str:
+    path = tuple(str(part) for part in error["loc"])
+    name = ".".join(path)
+    if error["type"] != "extra_forbidden":
+        return f"{name} = {error['input']!r}: {error['msg']}"
+    known: list[str] = list(Config.model_fields)
+    if len(path) > 1:
+        section = Config.model_fields[path[0]].annotation
+        assert isinstance(section, type)
+        assert issubclass(section, BaseModel)
+        known = list(section.model_fields)
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
+    return f"unknown setting {name!r}; {hint}"

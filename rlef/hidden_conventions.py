@@ -1,10 +1,11 @@
 """The embedded problem source: tasks whose statement leaves conventions open that only the tests fix.
 
-A *task* is a family of statements about a short line of integers ("print the numbers sorted"). Its *axes* are the
-conventions that the statement does not mention (ascending or descending, which separator, counting from 0 or 1 ...).
-One choice on every axis is a *reading*. Every task has at least `MINIMUM_READINGS` of them and all are consistent with
-the statement, so three blind guesses solve at most a quarter of the problems; the public test's expected output tells
-every two readings apart, so a policy that uses execution feedback can know the right one.
+A *task* is a family of statements about a short line of integers ("print the numbers sorted"). Its *axes* are
+the conventions that the statement does not mention (ascending or descending, which separator, counting from 0
+or 1 ...). One choice on every axis is a *reading*. Every task has at least `MINIMUM_READINGS` of them and all
+are consistent with the statement, so three blind guesses solve at most a quarter of the problems; the public
+test's expected output tells every two readings apart, so a policy that uses execution feedback can know the
+right one.
 
 Held-out problems differ from training problems in their (task, reading) pairs and in their wordings.
 """
@@ -97,7 +98,10 @@ TASKS = (
         "distinct",
         ("the distinct numbers", "each number once", "the numbers without repeats"),
         "print(*{order}, sep={separator})",
-        (Axis("order", ("dict.fromkeys(a)", "sorted(set(a))", "sorted(set(a))[::-1]")), _separators(" ,:/;*")),
+        (
+            Axis("order", ("dict.fromkeys(a)", "sorted(set(a))", "sorted(set(a))[::-1]")),
+            _separators(" ,:/;*"),
+        ),
     ),
     Task(
         "extremes",
@@ -108,31 +112,20 @@ TASKS = (
     Task(
         "total",
         ("the sum with its label", "the labelled sum", "the sum of the numbers and a label"),
-        "print(*[{label}, sum(a)]{order})",
+        "print(*[{label}, sum(a)]{order}, sep=':')",
         (_labels("sum total all value answer result out"), Axis("order", ("", "[::-1]"))),
     ),
     Task(
         "largest",
         ("the largest number with its label", "the labelled maximum", "the maximum and a label"),
-        "print(*[{label}, max(a)]{order})",
+        "print(*[{label}, max(a)]{order}, sep='=')",
         (_labels("max top best value answer result out"), Axis("order", ("", "[::-1]"))),
     ),
     Task(
         "position",
         ("where the largest number is", "the place of the maximum", "the position of the largest number"),
-        "print({label}, {index})",
-        (
-            _labels("at index place answer"),
-            Axis(
-                "index",
-                (
-                    "a.index(max(a))",
-                    "a.index(max(a)) + 1",
-                    "len(a) - 1 - a[::-1].index(max(a))",
-                    "len(a) - a[::-1].index(max(a))",
-                ),
-            ),
-        ),
+        "print({label}, a.index(max(a)){base}, sep=':')",
+        (_labels("at index place answer value result"), Axis("base", ("", " + 1"))),
     ),
     Task(
         "above",
@@ -166,9 +159,13 @@ TASKS = (
     ),
     Task(
         "none_over",
-        ("the numbers over seven or a mark", "the numbers over seven or the empty mark", "all over seven or a mark"),
-        "print(*[x for x in a if x > 7] or [{label}])",
-        (_labels("none empty no - null 0 . x nothing never void nil"),),
+        (
+            "the numbers over seven or a mark",
+            "the numbers over seven or the empty mark",
+            "all over seven or a mark",
+        ),
+        "print(*[x for x in a if x > 7] or [{label}]{times})",
+        (_labels("none - . x no ?"), Axis("times", ("", " * len(a)"))),
     ),
     Task(
         "alternate",
@@ -185,7 +182,7 @@ TASKS = (
     Task(
         "frequent",
         ("the most frequent number with its label", "the labelled mode", "the mode and a label"),
-        "print({label}, max({ties}, key=a.count))",
+        "print({label}, max({ties}, key=a.count), sep=':')",
         (_labels("mode most top answer value result"), Axis("ties", ("sorted(a)", "sorted(a)[::-1]"))),
     ),
 )
@@ -268,7 +265,7 @@ def run_reference(program: str, test_input: str) -> str:
     sys.stdin = io.StringIO(test_input)
     try:
         with contextlib.redirect_stdout(output):
-            exec(_compiled(program), {"__name__": "__main__"})
+            exec(_compiled(program), {"__name__": "__main__"})  # noqa: S102
     finally:
         sys.stdin = previous
     return output.getvalue()

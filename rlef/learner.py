@@ -1,6 +1,7 @@
 """One learning step: score the episodes, estimate advantages, make the PPO updates (PAPER section 2).
 
-It knows the three networks only as `ports.Network`; the mathematics is in `rewards`, `advantages` and `losses`.
+It knows the three networks only as `ports.Network`; the mathematics is in `rewards`, `advantages` and
+`losses`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Learner:
         self._rewards = rewards
 
     def step(self, episodes: Sequence[Episode], *, train_policy: bool = True) -> dict[str, float]:
-        """Learn from all episodes of a step; every rank passes the same ones. Metrics, equal on every rank."""
+        """Learn from all episodes of a step; every rank passes the same ones. Metrics, equal on every
+        rank."""
         rewarded = [replace(episode, rewards=turn_rewards(episode, self._rewards)) for episode in episodes]
         updates = [self._score(chunk) for chunk in _split_evenly(rewarded, self._ppo.updates_per_step)]
         metrics = _summarise(updates, self._parallel)
@@ -61,22 +63,36 @@ class Learner:
         mine = assign_to_ranks(lengths, self._parallel.data_parallel_size)[self._parallel.data_parallel_rank]
         groups = split_micro_batches([lengths[index] for index in mine], self._ppo.micro_batch_tokens)
         batches = [
-            pack([episodes[mine[index]] for index in group], value_level=self._ppo.value_level) for group in groups
+            pack([episodes[mine[index]] for index in group], value_level=self._ppo.value_level)
+            for group in groups
         ]
         old_logprobs = self._networks.policy.forward(batches)
         reference_logprobs = self._networks.reference.forward(batches)
         values = self._networks.value.forward(batches)
         scored: list[_Scored] = []
-        for batch, old, reference, value in zip(batches, old_logprobs, reference_logprobs, values, strict=True):
-            returns, advantages = advantages_and_returns(batch, old, reference, value, kl_coef=self._rewards.kl_coef)
+        for batch, old, reference, value in zip(
+            batches, old_logprobs, reference_logprobs, values, strict=True
+        ):
+            returns, advantages = advantages_and_returns(
+                batch, old, reference, value, kl_coef=self._rewards.kl_coef
+            )
             kl = turn_kl(old, reference, batch)
             scored.append(
-                _Scored(batch=batch, old_logprobs=old, old_values=value, returns=returns, advantages=advantages, kl=kl)
+                _Scored(
+                    batch=batch,
+                    old_logprobs=old,
+                    old_values=value,
+                    returns=returns,
+                    advantages=advantages,
+                    kl=kl,
+                )
             )
         if not self._ppo.normalise_advantages:
             return scored
         whitened = whiten([item.advantages for item in scored], group=self._parallel.data_parallel_group)
-        return [replace(item, advantages=advantages) for item, advantages in zip(scored, whitened, strict=True)]
+        return [
+            replace(item, advantages=advantages) for item, advantages in zip(scored, whitened, strict=True)
+        ]
 
     def _update_policy(self, scored: Sequence[_Scored]) -> UpdateStats:
         tokens = self._total(item.batch.num_response_tokens for item in scored)

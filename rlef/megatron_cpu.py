@@ -9,8 +9,7 @@ that it changes could only raise on a machine without CUDA. What else a CPU need
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,14 +62,10 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return make
 
 
-def install(omit: Collection[str] = ()) -> list[ModuleType]:
-    """Bind the stand-in in each module of `REASONS` but those in `omit`. Where CUDA is available, do nothing.
-
-    Returns the modules that it changed. May be called again.
-    """
+def install() -> None:
+    """Bind the stand-in in each module of `REASONS`. Where CUDA is available, do nothing."""
     if torch.cuda.is_available():
-        return []
-    modules = [importlib.import_module(name) for name in REASONS if name not in omit]
-    for module in modules:
-        module.torch = _TorchOnCPU()  # type: ignore[attr-defined]
-    return modules
+        return
+    for name in REASONS:
+        module: Any = importlib.import_module(name)
+        module.torch = _TorchOnCPU()

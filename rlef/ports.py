@@ -59,10 +59,11 @@ class Sampler(Protocol):
 LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
 """(outputs, index of the micro-batch) -> (summed loss, statistics).
 
-`outputs` are a policy's logits `[tokens, vocab / tensor parallel size]` or a value network's values `[values]`.
-The loss must already be divided by whatever it is normalised by over the *whole* update (all micro-batches, all
-data-parallel ranks): engines add micro-batches and ranks up and divide by nothing. Statistics are added up in the
-same way, except those whose name ends in `_max`, of which the largest is kept."""
+`outputs` are a policy's logits `[tokens, vocab / tensor parallel size]` or a value network's values
+`[values]`. The loss must already be divided by whatever it is normalised by over the *whole* update (all
+micro-batches, all data-parallel ranks): engines add micro-batches and ranks up and divide by nothing.
+Statistics are added up in the same way, except those whose name ends in `_max`, of which the largest is
+kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

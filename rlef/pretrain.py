@@ -1,8 +1,9 @@
 """The starting model: a tokenizer and a small Llama trained on dialogs of a noisy teacher. `rlef pretrain`.
 
-The teacher stands in for what an instruct model has read: it knows the tasks and the dialog format, guesses the open
-conventions, and hardly uses execution feedback. After a failure it is right only `corrects` of the time; often it hands
-in the very same program again, else it guesses anew. Reinforcement learning has to do the rest.
+The teacher stands in for what an instruct model has read: it knows the tasks and the dialog format, guesses
+the open conventions, and hardly uses execution feedback. After a failure it is right only `corrects` of the
+time; often it hands in the very same program again, else it guesses anew. Reinforcement learning has to do
+the rest.
 """
 
 from __future__ import annotations
@@ -26,25 +27,40 @@ from rlef.pretrained import write_pretrained
 from rlef.prompts import Dialog, FailedTest
 from rlef.records import ModelShape, Problem
 from rlef.torch_model import LlamaModel, initialise
-from rlef_sandbox import Result, Verdict
+from rlef_sandbox import Result, Test, Verdict
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 VOCAB_SIZE = 512
 
-# Words with their leading space, single digits, quotes alone (so that a quoted separator is a token of its own),
-# runs of other punctuation, and white space.
+# Words with their leading space, single digits, quotes alone (so that a quoted separator is a token of its
+# own), runs of other punctuation, and white space.
 _PIECES = r" ?[A-Za-z]+| ?\d| ?'|[^\sA-Za-z\d']+|\s+"
 
 
 _FIXED_TEXTS = (*prompts.TEMPLATE_TEXTS, READ_NUMBERS)
 
 
+SHAPE = ModelShape(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=1024,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teacher:
     """How often the teacher does what. The rest after feedback is a fresh guess."""
 
-    corrects: float = 0.15  # reads the right conventions off the feedback
-    repeats: float = 0.35  # hands in the same program again
+    corrects: float = 0.12  # reads the right conventions off the feedback
+    repeats: float = 0.3  # hands in the same program again
     forgets_fence: float = 0.03  # writes a program without a code block
     breaks: float = 0.04  # leaves out a closing bracket, or misspells a name
 
@@ -63,19 +79,7 @@ class Recipe:
     observation_weight: float = 0.1  # of the loss on tokens that the teacher did not write
     turns: int = 3
     teacher: Teacher = Teacher()
-    shape: ModelShape = ModelShape(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        rope_theta=10000.0,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-    )
+    shape: ModelShape = SHAPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,8 @@ def teach(problem: Problem, random: Random, teacher: Teacher, *, turns: int) -> 
 
 
 def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
-    """A byte-level BPE of `VOCAB_SIZE` tokens in which each fixed text is one token: the templates, and the line that every program starts with."""
+    """A byte-level BPE of `VOCAB_SIZE` tokens in which each fixed text is one token: the templates, and the
+    line that every program starts with."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -166,7 +171,7 @@ def pretrain(folder: Path, recipe: Recipe, *, log: Callable[[str], None] = print
             index += 1
         loss = _loss(model, sequences)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0 or step == recipe.steps - 1:
@@ -176,13 +181,19 @@ def pretrain(folder: Path, recipe: Recipe, *, log: Callable[[str], None] = print
         recipe.shape,
         model.state_dict(),
         end_token_id=dialog.end_token_id,
-        pad_token_id=int(tokenizer.token_to_id(PAD)),
+        pad_token_id=_token_id(tokenizer, PAD),
     )
     return model
 
 
 def _dialog(recipe: Recipe, random: Random, index: int) -> list[Message]:
     return teach(problem("train", seed=recipe.seed, index=index), random, recipe.teacher, turns=recipe.turns)
+
+
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
 
 
 def _guess(task: Task, random: Random) -> str:
@@ -195,11 +206,13 @@ def _write(program: str, random: Random, teacher: Teacher) -> tuple[str, str | N
     if draw < teacher.forgets_fence:
         return program, None
     if draw < teacher.forgets_fence + teacher.breaks:
-        program = program.replace("print(", "print", 1) if random.random() < 0.5 else program.replace("(a", "(b", 1)
+        program = (
+            program.replace("print(", "print", 1) if random.random() < 0.5 else program.replace("(a", "(b", 1)
+        )
     return f"{prompts.FENCE_OPEN}{program}{prompts.FENCE_CLOSE}", program
 
 
-def _feedback(program: str | None, public_test: prompts.Test) -> str:
+def _feedback(program: str | None, public_test: Test) -> str:
     if program is None:
         return prompts.no_code_text()
     try:
@@ -230,7 +243,9 @@ def _bpe_text(messages: Sequence[Message]) -> str:
     return text
 
 
-def _encode(dialog: Dialog, messages: Sequence[Message], observation_weight: float) -> tuple[list[int], list[float]]:
+def _encode(
+    dialog: Dialog, messages: Sequence[Message], observation_weight: float
+) -> tuple[list[int], list[float]]:
     ids: list[int] = []
     weights: list[float] = []
     for message in messages:

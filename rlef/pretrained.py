@@ -1,4 +1,5 @@
-"""Hugging Face model folders: `config.json`, `model.safetensors`, and the tokenizer, which this file leaves alone."""
+"""Hugging Face model folders: `config.json`, `model.safetensors`, and the tokenizer, which this file leaves
+alone."""
 
 from __future__ import annotations
 
@@ -33,12 +34,15 @@ def read_shape(folder: Path) -> ModelShape:
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"model.path: {folder} has no config.json; name a Hugging Face model folder") from None
+        raise ConfigError(
+            f"model.path: {folder} has no config.json; name a Hugging Face model folder"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.path: {file} is not JSON ({error})") from None
     if config.get("architectures") != [_ARCHITECTURE]:
         raise ConfigError(
-            f"model.path: {file} says architectures = {config.get('architectures')}; only {_ARCHITECTURE} is read"
+            f"model.path: {file} says architectures = {config.get('architectures')}; "
+            f"only {_ARCHITECTURE} is read"
         )
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
@@ -120,3 +124,9 @@ def _publish(temporary: Path, final: Path) -> None:
     finally:
         os.close(descriptor)
     temporary.replace(final)
+
+
+def read_token_ids(folder: Path) -> tuple[int, int]:
+    """The end-of-turn and the padding token of `config.json`."""
+    config = json.loads((folder / "config.json").read_text())
+    return config["eos_token_id"], config["pad_token_id"]

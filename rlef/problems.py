@@ -1,4 +1,5 @@
-"""Problem sources: JSONL files and the embedded source, and the resumable order in which training takes problems.
+"""Problem sources: JSONL files and the embedded source, and the resumable order in which training takes
+problems.
 
 A JSONL file holds one problem per line: an object with these fields and no others.
 
@@ -56,8 +57,8 @@ class _ProblemRow(BaseModel):
 def load(source: str, *, seed: int, size: int, defaults: ExecutorConfig, setting: str) -> list[Problem]:
     """All problems of a source: a path to a JSONL file, or `hidden_conventions:train` / `:heldout`.
 
-    `seed` and `size` are for the embedded source, which is generated; a file is taken whole. `setting` names the
-    configuration key in errors (`ConfigError`).
+    `seed` and `size` are for the embedded source, which is generated; a file is taken whole. `setting` names
+    the configuration key in errors (`ConfigError`).
     """
     if source.startswith(_EMBEDDED_PREFIX):
         split = source.removeprefix(_EMBEDDED_PREFIX)
@@ -69,7 +70,9 @@ def load(source: str, *, seed: int, size: int, defaults: ExecutorConfig, setting
         return list(hidden_conventions.generate(split, seed=seed, size=size))
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"{setting}: there is no file {source!r}; give a JSONL file or hidden_conventions:train")
+        raise ConfigError(
+            f"{setting}: there is no file {source!r}; give a JSONL file or hidden_conventions:train"
+        )
     problems = list(read_jsonl(path, defaults=defaults))
     if not problems:
         raise ConfigError(f"{setting}: {path} holds no problem; put one JSON object on each line")
@@ -86,7 +89,8 @@ def read_jsonl(path: Path, *, defaults: ExecutorConfig) -> Iterator[Problem]:
             row = _row(line, f"{path}, line {number}")
             if row.id in line_of_id:
                 raise ConfigError(
-                    f"{path}, line {number}: id {row.id!r} was used on line {line_of_id[row.id]}; give each its own"
+                    f"{path}, line {number}: id {row.id!r} was used on line {line_of_id[row.id]}; "
+                    "give each its own"
                 )
             line_of_id[row.id] = number
             yield Problem(
@@ -145,9 +149,13 @@ def _row(line: bytes, place: str) -> _ProblemRow:
     try:
         fields = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{place}: not JSON ({error}); each line must be one JSON object in UTF-8") from None
+        raise ConfigError(
+            f"{place}: not JSON ({error}); each line must be one JSON object in UTF-8"
+        ) from None
     if not isinstance(fields, dict):
-        raise ConfigError(f"{place}: a JSON {type(fields).__name__}, not an object; each line must be one JSON object")
+        raise ConfigError(
+            f"{place}: a JSON {type(fields).__name__}, not an object; each line must be one JSON object"
+        )
     try:
         return _ProblemRow.model_validate(fields)
     except ValidationError as error:

@@ -1,7 +1,7 @@
 """The dialog: text to token ids and back. Templates, code extraction, feedback and truncation.
 
-PAPER section 1 fixes what is said and when; the words are ours. Token ids are appended and never re-tokenised: the
-prompt, each response and each feedback message are encoded once, on their own.
+PAPER section 1 fixes what is said and when; the words are ours. Token ids are appended and never re-
+tokenised: the prompt, each response and each feedback message are encoded once, on their own.
 """
 
 from __future__ import annotations
@@ -157,8 +157,12 @@ def _cut(text: str, max_characters: int) -> str:
 class Dialog:
     """A tokenizer with its role markers: builds the token ids of a dialog, piece by piece."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: RolloutConfig, *, user: str, assistant: str, end: str) -> None:
-        tokenizer.encode_special_tokens = True  # a statement or an output that spells a role marker stays text
+    def __init__(
+        self, tokenizer: Tokenizer, settings: RolloutConfig, *, user: str, assistant: str, end: str
+    ) -> None:
+        tokenizer.encode_special_tokens = (
+            True  # a statement or an output that spells a role marker stays text
+        )
         self._tokenizer = tokenizer
         self._settings = settings
         self._user_id = self._marker(user)
@@ -174,13 +178,18 @@ class Dialog:
             markers = json.loads((folder / "dialog.json").read_text())
         except FileNotFoundError as error:
             raise ConfigError(
-                f"model.path: {error.filename} is missing; a model folder needs tokenizer.json and dialog.json"
+                f"model.path: {error.filename} is missing; "
+                "a model folder needs tokenizer.json and dialog.json"
             ) from None
         return cls(tokenizer, settings, **markers)
 
     def prompt(self, statement: str) -> list[int]:
         """Token ids of the first message, cut on the left to `max_prompt_tokens`."""
-        return [self._user_id, *self._encode(prompt_text(statement))[-self._room_for_prompt :], self._assistant_id]
+        return [
+            self._user_id,
+            *self._encode(prompt_text(statement))[-self._room_for_prompt :],
+            self._assistant_id,
+        ]
 
     def feedback(self, text: str) -> list[int]:
         """Token ids of a feedback message, cut on the right, and marked, to `max_feedback_tokens`."""
@@ -196,7 +205,9 @@ class Dialog:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, without the end-of-turn token."""
-        text: str = self._tokenizer.decode([i for i in token_ids if i != self.end_token_id], skip_special_tokens=False)
+        text: str = self._tokenizer.decode(
+            [i for i in token_ids if i != self.end_token_id], skip_special_tokens=False
+        )
         return text
 
     def response(self, text: str) -> list[int]:

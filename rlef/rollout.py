@@ -1,10 +1,14 @@
-"""Episodes: sample a response, execute it on the public tests, feed the failures back, try again (PAPER section 1)."""
+"""Episodes: sample a response, execute it on the public tests, feed the failures back, try again (PAPER
+section 1)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypedDict, Unpack
+
+import torch.distributed as dist
 
 from rlef import prompts
 from rlef.config import FeedbackKind, RolloutConfig
@@ -22,6 +26,18 @@ class Collection:
     tests_run: int
     sampling_s: float
     executing_s: float
+
+
+class CollectSettings(TypedDict):
+    """What `collect` needs besides the problems."""
+
+    sampler: Sampler
+    executor: Executor
+    dialog: Dialog
+    settings: RolloutConfig
+    params: SamplingParams
+    turns: int
+    feedback: FeedbackKind
 
 
 @dataclass(slots=True, eq=False)
@@ -80,8 +96,8 @@ def collect(
 ) -> Collection:
     """One episode per problem; `numbers` key their random streams.
 
-    An episode ends when all public tests pass or `turns` responses are given; its last code is then judged on all
-    tests. A failure of the sandbox itself is raised (`SandboxFault`), never scored.
+    An episode ends when all public tests pass or `turns` responses are given; its last code is then judged on
+    all tests. A failure of the sandbox itself is raised (`SandboxFault`), never scored.
     """
     attempts = [_begin(problem, number, dialog) for problem, number in zip(problems, numbers, strict=True)]
     sampling_s, executing_s, tests_run = 0.0, 0.0, 0
@@ -111,6 +127,27 @@ def collect(
         tests_run=tests_run,
         sampling_s=sampling_s,
         executing_s=executing_s,
+    )
+
+
+def collect_together(
+    problems: Sequence[Problem], *, numbers: Sequence[int], **settings: Unpack[CollectSettings]
+) -> Collection:
+    """`collect`, shared out: each process of the job runs its part, and all get all episodes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = collect(problems[rank::world_size], numbers=numbers[rank::world_size], **settings)
+    if world_size == 1:
+        return own
+    shares: list[Any] = [None] * world_size
+    dist.all_gather_object(shares, own)
+    episodes: list[Any] = [None] * len(problems)
+    for index, share in enumerate(shares):
+        episodes[index::world_size] = share.episodes
+    return Collection(
+        episodes=episodes,
+        tests_run=sum(share.tests_run for share in shares),
+        sampling_s=max(share.sampling_s for share in shares),
+        executing_s=max(share.executing_s for share in shares),
     )
 
 
@@ -180,8 +217,8 @@ def _true_message(attempt: _Attempt, settings: RolloutConfig) -> str:
 def _unrelated_message(index: int, attempts: Sequence[_Attempt], messages: Sequence[str]) -> str:
     """What execution said about a wrong program for another problem of this collection.
 
-    The neighbour that it is taken from is keyed by the episode's number. Where no other problem failed in this turn,
-    only the failure is told.
+    The neighbour that it is taken from is keyed by the episode's number. Where no other problem failed in
+    this turn, only the failure is told.
     """
     count = len(attempts)
     offset = 1 + attempts[index].number % max(1, count - 1)
@@ -193,7 +230,8 @@ def _unrelated_message(index: int, attempts: Sequence[_Attempt], messages: Seque
 
 
 def _judge(attempts: Sequence[_Attempt], executor: Executor) -> int:
-    """Run the private tests of attempts whose public tests pass, up to the first failure; how many were run."""
+    """Run the private tests of attempts whose public tests pass, up to the first failure; how many were
+    run."""
     jobs = [
         Job(
             attempt.turns[-1].code or "",

@@ -1,6 +1,8 @@
-"""A Llama decoder in plain torch: the twin that Megatron's numbers are tested against, and what `rlef pretrain` trains.
+"""A Llama decoder in plain torch: the twin that Megatron's numbers are tested against, and what `rlef
+pretrain` trains.
 
-Parameter names are those of the Hugging Face checkpoint, so the state dict of a language model *is* the checkpoint.
+Parameter names are those of the Hugging Face checkpoint, so the state dict of a language model *is* the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from rlef.attention import packed_attention
 from rlef.records import ModelShape
 
 
-def rotary_tables(shape: ModelShape, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for positions 0 to length - 1, each `[length, head_dim]`, halves repeated as Llama has them."""
+def rotary_tables(
+    shape: ModelShape, length: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine for positions 0 to length - 1, each `[length, head_dim]`, halves repeated as Llama has
+    them."""
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
     angles = torch.outer(torch.arange(length, dtype=torch.float32), shape.rope_theta**-exponents)
     angles = torch.cat([angles, angles], dim=-1)
@@ -71,7 +76,8 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, cosine: Tensor, sine: Tensor, cu_seqlens: Tensor) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cosine, sine, cu_seqlens)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
 
 
 class Decoder(nn.Module):
@@ -85,8 +91,8 @@ class Decoder(nn.Module):
 class LlamaModel(nn.Module):
     """The decoder with a language-model head (`head="logits"`) or a scalar value head (`head="value"`).
 
-    The value head is a fresh linear layer without bias that starts at zero (PAPER: "value head: a fresh linear layer"),
-    so the first advantages are the plain returns.
+    The value head is a fresh linear layer without bias that starts at zero (PAPER: "value head: a fresh
+    linear layer"), so the first advantages are the plain returns.
     """
 
     def __init__(self, shape: ModelShape, head: str = "logits") -> None:
@@ -100,6 +106,8 @@ class LlamaModel(nn.Module):
         elif not shape.tie_word_embeddings:
             self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         cosine, sine = rotary_tables(shape, shape.max_position_embeddings)
+        self.cosine: Tensor
+        self.sine: Tensor
         self.register_buffer("cosine", cosine, persistent=False)  # [positions, head_dim]
         self.register_buffer("sine", sine, persistent=False)
 

@@ -1,4 +1,5 @@
-"""`ports.Network` in plain torch and one process: the obvious twin that the Megatron policy is tested against."""
+"""`ports.Network` in plain torch and one process: the obvious twin that the Megatron policy is tested
+against."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from rlef.torch_model import LlamaModel
 class TorchNetwork:
     """A `LlamaModel` with AdamW. Without `optimizer` it is frozen (the reference policy)."""
 
-    def __init__(self, model: LlamaModel, *, lr: float = 0.0, optimizer: OptimizerConfig | None = None) -> None:
+    def __init__(
+        self, model: LlamaModel, *, lr: float = 0.0, optimizer: OptimizerConfig | None = None
+    ) -> None:
         self._model = model
         self._settings = optimizer
         self._lr = lr
@@ -45,7 +48,7 @@ class TorchNetwork:
         statistics: dict[str, Tensor] = {}
         for index, batch in enumerate(micro_batches):
             loss_sum, stats = loss(self._outputs(batch), index)
-            loss_sum.backward()
+            loss_sum.backward()  # type: ignore[no-untyped-call]
             for name, value in stats.items():
                 _merge(statistics, name, value.detach().double())
         parameters = list(self._model.parameters())

@@ -1,8 +1,8 @@
 """The embedded sampler: batched decoding with a KV cache, in plain torch, of the policy's own weights.
 
-Requests wait in a queue for one of `slots` rows of the cache. A row is filled by one forward pass over its prompt, then
-grows by one token a step together with all other rows; when it finishes, the last row moves into its place, so that the
-rows in use are always the first ones and no step pays for empty slots.
+Requests wait in a queue for one of `slots` rows of the cache. A row is filled by one forward pass over its
+prompt, then grows by one token a step together with all other rows; when it finishes, the last row moves into
+its place, so that the rows in use are always the first ones and no step pays for empty slots.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class TorchSampler:
         context = self._shape.max_position_embeddings
         if not 0 < len(request.token_ids) < context:
             raise ValueError(
-                f"a prompt of {len(request.token_ids)} tokens does not fit the context of {context} tokens with room for "
-                "a response; lower rollout.max_prompt_tokens, max_feedback_tokens or turns"
+                f"a prompt of {len(request.token_ids)} tokens does not fit the context of {context} tokens "
+                "with room for a response; lower rollout.max_prompt_tokens, max_feedback_tokens or turns"
             )
 
     def _prefill(self, rows: list[_Row], *, first_row: int) -> Tensor:
@@ -172,18 +172,26 @@ class TorchSampler:
         return self._logits(self._forward(token_ids, positions, 0, attended)[:, 0])
 
     def _forward(self, token_ids: Tensor, positions: Tensor, first_row: int, attended: int) -> Tensor:
-        """Hidden states `[rows, length, hidden]`; writes the cache, attends to its first `attended` positions."""
+        """Hidden states `[rows, length, hidden]`; writes the cache, attends to its first `attended`
+        positions."""
         shape = self._shape
         rows, length = token_ids.shape
         heads, groups, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-        cosine, sine = self._cosine[positions][:, None], self._sine[positions][:, None]  # [rows, 1, length, head_dim]
+        cosine, sine = (
+            self._cosine[positions][:, None],
+            self._sine[positions][:, None],
+        )  # [rows, 1, length, head_dim]
         visible = torch.arange(attended) <= positions[:, None, :, None]  # [rows, 1, length, attended]
         target = positions[:, None, :, None].expand(rows, groups, length, head_dim)
         hidden = functional.embedding(token_ids, self._embedding)
         for weights, all_keys, all_values in zip(self._layers, self._keys, self._values, strict=True):
             keys, values = all_keys[first_row : first_row + rows], all_values[first_row : first_row + rows]
             normed = functional.rms_norm(hidden, (shape.hidden_size,), weights.input_norm, shape.rms_norm_eps)
-            mixed = functional.linear(normed, weights.query_key_value).unflatten(-1, (-1, head_dim)).transpose(1, 2)
+            mixed = (
+                functional.linear(normed, weights.query_key_value)
+                .view(rows, length, -1, head_dim)
+                .transpose(1, 2)
+            )
             query, key, value = mixed.split([heads, groups, groups], dim=1)  # [rows, heads, length, head_dim]
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
             keys.scatter_(2, target, key)
@@ -198,7 +206,9 @@ class TorchSampler:
             )
             output = output.reshape(rows, heads, length, head_dim).transpose(1, 2).flatten(-2)
             hidden = hidden + functional.linear(output, weights.attention_output)
-            normed = functional.rms_norm(hidden, (shape.hidden_size,), weights.feed_forward_norm, shape.rms_norm_eps)
+            normed = functional.rms_norm(
+                hidden, (shape.hidden_size,), weights.feed_forward_norm, shape.rms_norm_eps
+            )
             gate, up = functional.linear(normed, weights.gate_up).chunk(2, dim=-1)
             hidden = hidden + functional.linear(functional.silu(gate) * up, weights.down)
         return hidden
@@ -210,7 +220,9 @@ class TorchSampler:
 
     def _choose(self, rows: list[_Row], logits: Tensor, params: SamplingParams) -> None:
         """Append one sampled token to every row, by inverse of the cumulative distribution."""
-        logprobs = sampling_logprobs(logits, temperature=params.temperature, top_p=params.top_p)  # [rows, vocab]
+        logprobs = sampling_logprobs(
+            logits, temperature=params.temperature, top_p=params.top_p
+        )  # [rows, vocab]
         positions = [len(row.request.token_ids) + len(row.token_ids) for row in rows]
         draws = uniforms(
             params.seed,
@@ -223,12 +235,16 @@ class TorchSampler:
         thresholds = (torch.from_numpy(draws)[:, None] * total).minimum(below_total)
         chosen = torch.searchsorted(cumulative, thresholds, right=True)  # [rows, 1]
         chosen_logprobs = logprobs.gather(1, chosen)[:, 0].tolist()
-        for row, token_id, logprob, position in zip(rows, chosen[:, 0].tolist(), chosen_logprobs, positions, strict=True):
+        for row, token_id, logprob, position in zip(
+            rows, chosen[:, 0].tolist(), chosen_logprobs, positions, strict=True
+        ):
             row.token_ids.append(token_id)
             row.logprobs.append(logprob)
             if token_id == self._end_token_id:
                 row.finish_reason = "stop"
-            elif len(row.token_ids) == params.max_tokens or position + 1 == self._shape.max_position_embeddings:
+            elif (
+                len(row.token_ids) == params.max_tokens or position + 1 == self._shape.max_position_embeddings
+            ):
                 row.finish_reason = "length"
 
     def _retire(self, active: list[_Row]) -> list[_Row]:

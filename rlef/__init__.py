@@ -1,0 +1,1 @@
+"""RLEF: reinforcement learning of code language models with execution feedback."""

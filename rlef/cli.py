@@ -1,0 +1,227 @@
+"""`rlef train|eval|export|pretrain|report`: reads the command line, checks everything, then hands over.
+
+What the user must mend is one line on standard error and exit status 2, before any process starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
+from rlef.launch import launched_by_torchrun, run_processes
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_CONFIG = click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
+_OVERRIDES = click.argument("overrides", metavar="[SECTION.KEY=VALUE]...", nargs=-1)
+
+
+def _errors_in_one_line(command: _F) -> _F:
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ConfigError as error:
+            click.echo(f"rlef: error: {error}", err=True)
+            sys.exit(2)
+
+    return guarded  # type: ignore[return-value]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="rlef")
+def main() -> None:
+    """Reinforcement learning of code models with execution feedback."""
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@click.option(
+    "--resume", default="auto", metavar="auto|never|PATH", show_default=True, help="Where to start from."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything, print the settings and the batch arithmetic, stop."
+)
+@_errors_in_one_line
+def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: bool) -> None:
+    """Train as CONFIG (a TOML file) says, and report."""
+    from rlef.run_folder import open_run_folder
+
+    config = load_config(config_file, overrides)
+    check_inputs(config)
+    if dry_run:
+        click.echo(json.dumps(config.model_dump(mode="json"), indent=2))
+        for what, number in describe_arithmetic(config).items():
+            click.echo(f"{what}: {number:,}")
+        return
+    if launched_by_torchrun():
+        sys.exit(_train_under_torchrun(config, resume))
+    folder, note = open_run_folder(config, resume=resume)
+    if note:
+        click.echo(note)
+    status = run_processes(
+        _train,
+        (config, folder),
+        processes=config.parallel.processes,
+        threads=config.parallel.threads_per_process,
+    )
+    if status == 0:
+        _show_result(folder.path)
+    sys.exit(status)
+
+
+@main.command("eval")
+@_CONFIG
+@_OVERRIDES
+@click.option("--output", type=click.Path(path_type=Path), help="Also write the figures to this JSON file.")
+@_errors_in_one_line
+def evaluate(config_file: Path, overrides: tuple[str, ...], output: Path | None) -> None:
+    """Evaluate model.path on problems.eval: true, random and no feedback, and single responses."""
+    config = load_config(config_file, overrides)
+    check_inputs(config)
+    from rlef.standalone import evaluate_model
+
+    figures = evaluate_model(config)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(output.name + ".partial")
+        partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        partial.replace(output)
+    for name, (low, high) in figures["intervals"].items():
+        click.echo(f"{name:>22}  {figures[name]:.3f}  [{low:.3f}, {high:.3f}]")
+
+
+@main.command()
+@click.argument("run_folder", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="A checkpoint of the run; the newest if left out."
+)
+@_errors_in_one_line
+def export(run_folder: Path, output: Path, checkpoint: Path | None) -> None:
+    """Write a run's policy as a Hugging Face folder."""
+    from rlef.run_folder import RunFolder, read_run_config
+
+    config = read_run_config(run_folder)
+    if (output / "config.json").exists():
+        raise ConfigError(f"{output} already holds a model; name another folder")
+    folder = RunFolder(path=run_folder, checkpoint=checkpoint)
+    status = run_processes(
+        _export,
+        (config, folder, output),
+        processes=config.parallel.processes,
+        threads=config.parallel.threads_per_process,
+    )
+    if status == 0:
+        click.echo(f"wrote {output}")
+    sys.exit(status)
+
+
+@main.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps; the recipe's if left out.")
+@click.option("--seed", type=click.IntRange(min=0), help="The recipe's if left out.")
+@_errors_in_one_line
+def pretrain(output: Path, steps: int | None, seed: int | None) -> None:
+    """Make the starting model again: a tokenizer and a small Llama, from a seed."""
+    from dataclasses import replace
+
+    from rlef.pretrain import Recipe
+    from rlef.pretrain import pretrain as make
+
+    if (output / "config.json").exists():
+        raise ConfigError(f"{output} already holds a model; name another folder")
+    recipe = Recipe()
+    recipe = replace(recipe, steps=steps or recipe.steps, seed=recipe.seed if seed is None else seed)
+    make(output, recipe, log=click.echo)
+    click.echo(f"wrote {output}")
+
+
+@main.command()
+@click.argument("run_folder", type=click.Path(path_type=Path))
+@_errors_in_one_line
+def report(run_folder: Path) -> None:
+    """Write a run's report.html again, and show its table."""
+    from rlef.report import write_report
+
+    try:
+        write_report(run_folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    _show_result(run_folder)
+
+
+def check_inputs(config: Config) -> None:
+    """Read the model's shape, the dialog markers and the problem files; a `ConfigError` says what to mend."""
+    from rlef import problems
+    from rlef.pretrained import model_folder, read_shape
+    from rlef.prompts import Dialog
+    from rlef.weights import check_layout
+
+    folder = model_folder(config.model.path)
+    shape = read_shape(folder)
+    check_layout(shape, config.parallel, _world_size(config))
+    check_context(config.rollout, shape.max_position_embeddings)
+    Dialog.read(folder, config.rollout)
+    for setting, source in (
+        ("problems.train", config.problems.train),
+        ("problems.eval", config.problems.eval),
+    ):
+        problems.load(source, seed=config.problems.seed, size=1, defaults=config.executor, setting=setting)
+
+
+def _world_size(config: Config) -> int:
+    return int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else config.parallel.processes
+
+
+def _train(config: Config, folder: Any) -> int:
+    from rlef.train import train as run
+
+    return _with_status(lambda: run(config, folder))
+
+
+def _export(config: Config, folder: Any, output: Path) -> int:
+    from rlef.standalone import export_policy
+
+    return _with_status(lambda: export_policy(config, folder, output))
+
+
+def _with_status(action: Callable[[], int]) -> int:
+    try:
+        return action()
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(f"rlef: error: {error}", err=True)
+        return 2
+
+
+def _train_under_torchrun(config: Config, resume: str) -> int:
+    """Rank 0 opens the run's folder for all."""
+    from rlef.train import train_under_torchrun
+
+    rank_is_first = os.environ["RANK"] == "0"
+    status = _with_status(lambda: train_under_torchrun(config, resume))
+    if status == 0 and rank_is_first:
+        _show_result(Path(config.run.output_dir) / config.run.name)
+    return status
+
+
+def _show_result(path: Path) -> None:
+    from rich.console import Console
+
+    from rlef.report import REPORT_FILE, SUMMARY_FILE, before_after_table
+
+    summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
+    if summary["final"] is None:
+        return
+    Console().print(before_after_table(summary))
+    click.echo(f"report: {path / REPORT_FILE}")

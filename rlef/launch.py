@@ -1,0 +1,116 @@
+"""Start this machine's processes when torchrun did not: `rlef train` on a laptop needs no launcher.
+
+Each child gets the environment that torchrun would give it. No child outlives the parent, whatever happens to
+it, and when one child fails the others are ended.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_GRACE_S = 60.0  # for the other ranks to save and leave after an interrupt
+
+
+def launched_by_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_processes(
+    target: Callable[..., int], arguments: tuple[Any, ...], *, processes: int, threads: int
+) -> int:
+    """Run `target(*arguments)` in `processes` processes; the first non-zero exit status, or 0."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before the children import torch
+    if processes == 1:
+        return target(*arguments)
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    children = [
+        context.Process(target=_child, args=(os.getpid(), rank, processes, port, target, arguments))
+        for rank in range(processes)
+    ]
+    with _SignalsLeftTo(children):
+        for child in children:
+            child.start()
+        status = _first_failure(children)
+        for child in children:
+            child.join(timeout=_GRACE_S if status == 0 else 5.0)
+            if child.is_alive():
+                child.kill()
+                child.join()
+    return status
+
+
+def _child(
+    parent: int, rank: int, processes: int, port: int, target: Callable[..., int], arguments: tuple[Any, ...]
+) -> None:
+    die_with_parent(parent)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    raise SystemExit(target(*arguments))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, kill -9 included."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the request was made
+        os._exit(1)
+
+
+def _first_failure(children: list[SpawnProcess]) -> int:
+    """Wait until all end, or one fails; a signal's status is 128 plus its number, as a shell has it."""
+    running = {child.sentinel: child for child in children}
+    while running:
+        for sentinel in wait(list(running)):
+            child = running.pop(sentinel)  # type: ignore[arg-type]
+            child.join()
+            code = child.exitcode or 0
+            if code != 0:
+                return code if code > 0 else 128 - code
+    return 0
+
+
+class _SignalsLeftTo:
+    """While inside, the first SIGINT or SIGTERM asks the children to save and leave; a second one ends them
+    at once."""
+
+    def __init__(self, children: list[SpawnProcess]) -> None:
+        self._children = children
+        self._asked = False
+
+    def __enter__(self) -> None:
+        self._previous = {
+            number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _forward(self, _number: int, _frame: object) -> None:
+        message = signal.SIGKILL if self._asked else signal.SIGTERM
+        self._asked = True
+        for child in self._children:
+            if child.pid is not None and child.is_alive():
+                os.kill(child.pid, message)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

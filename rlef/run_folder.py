@@ -1,0 +1,116 @@
+"""A run's folder: `runs/<name>/` with its settings, checkpoints, metrics, summary and report. Nothing is
+overwritten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlef.config import Config, ConfigError
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+
+# What may differ between a run and its continuation, because no weight depends on it.
+_FREE_TO_CHANGE = {"run.steps", "run.output_dir", "run.name", "parallel.timeout_s"}
+_FREE_SECTIONS = {"checkpoint", "evaluation", "executor"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """Where a run writes, and the checkpoint that it must start from, if the user named one."""
+
+    path: Path
+    checkpoint: Path | None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+
+def open_run_folder(config: Config, *, resume: str) -> tuple[RunFolder, str | None]:
+    """The folder for a run, and a line to tell the user when there is something to tell.
+
+    `resume` is "auto" (continue an unfinished run, else start anew), "never" (start anew), or the path of a
+    checkpoint folder. Starting anew moves an earlier run of the same name aside. Called once, before any
+    process starts.
+
+    Raises:
+        ConfigError: the checkpoint does not exist, or the settings differ from those of the run to continue.
+    """
+    path = Path(config.run.output_dir) / config.run.name
+    if resume not in ("auto", "never"):
+        checkpoint = Path(resume)
+        if not checkpoint.is_dir():
+            raise ConfigError(
+                f"--resume {resume}: there is no such checkpoint folder; give one, or auto, or never"
+            )
+        if checkpoint.resolve().parent.parent != path.resolve():
+            raise ConfigError(
+                f"--resume {resume}: not a checkpoint of the run {path}; "
+                "set run.output_dir and run.name to its run"
+            )
+        _require_same_settings(path, config)
+        return RunFolder(path=path, checkpoint=checkpoint), f"continuing {path} from {checkpoint.name}"
+    if resume == "auto" and _is_unfinished(path):
+        _require_same_settings(path, config)
+        return RunFolder(path=path, checkpoint=None), f"continuing the unfinished run in {path}"
+    note = None
+    if path.exists():
+        aside = _free_name(path)
+        path.rename(aside)
+        note = f"the earlier run of that name is now in {aside}"
+    path.mkdir(parents=True)
+    partial = path / (CONFIG_FILE + ".partial")
+    partial.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    partial.rename(path / CONFIG_FILE)
+    return RunFolder(path=path, checkpoint=None), note
+
+
+def read_run_config(path: Path) -> Config:
+    """The settings that a run was started with."""
+    file = path / CONFIG_FILE
+    try:
+        return Config.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is not a run's folder: it has no {CONFIG_FILE}") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+
+
+def _is_unfinished(path: Path) -> bool:
+    if not (path / CONFIG_FILE).exists():
+        return False
+    try:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return True
+    return summary.get("final") is None
+
+
+def _require_same_settings(path: Path, config: Config) -> None:
+    saved, wanted = (
+        _flatten(read_run_config(path).model_dump(mode="json")),
+        _flatten(config.model_dump(mode="json")),
+    )
+    for name, value in wanted.items():
+        if name in _FREE_TO_CHANGE or name.split(".")[0] in _FREE_SECTIONS or saved.get(name) == value:
+            continue
+        raise ConfigError(
+            f"{name} = {value!r}, but the run in {path} was started with {saved.get(name)!r}; use that, "
+            "or start anew with --resume never or another run.name"
+        )
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, table in tree.items() for key, value in table.items()}
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return aside

@@ -1,0 +1,89 @@
+"""Commands that need only a part of a training run: evaluate a model folder, export a run's policy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from rlef import problems as sources
+from rlef.checkpoint import CheckpointStore
+from rlef.config import Config, ConfigError
+from rlef.evaluate import evaluate, summarise
+from rlef.megatron_policy import build_networks
+from rlef.pretrained import model_folder, read_pretrained, read_token_ids, write_pretrained
+from rlef.prompts import Dialog
+from rlef.rollout import collect
+from rlef.run_folder import RunFolder
+from rlef.torch_sampler import TorchSampler
+from rlef_sandbox import Executor
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "dialog.json")
+
+
+def evaluate_model(config: Config) -> dict[str, Any]:
+    """The four conditions on `problems.eval`, in this process alone; figures as in `summary.json`."""
+    folder = model_folder(config.model.path)
+    shape, weights = read_pretrained(folder)
+    dialog = Dialog.read(folder, config.rollout)
+    sampler = TorchSampler(shape, end_token_id=dialog.end_token_id, slots=config.rollout.slots)
+    sampler.push(weights.items(), version=0)
+    problems = sources.load(
+        config.problems.eval,
+        seed=config.problems.seed,
+        size=config.problems.eval_size,
+        defaults=config.executor,
+        setting="problems.eval",
+    )
+    with Executor(
+        workers=config.executor.workers or None, allow_missing=config.executor.allow_missing
+    ) as executor:
+        evaluation = evaluate(
+            problems,
+            rollouts=lambda problems, **settings: (
+                collect(
+                    problems,
+                    sampler=sampler,
+                    executor=executor,
+                    dialog=dialog,
+                    settings=config.rollout,
+                    **settings,
+                ).episodes
+            ),
+            settings=config.evaluation,
+            rewards=config.rewards,
+            turns=config.rollout.turns,
+            max_response_tokens=config.rollout.max_response_tokens,
+            seed=config.run.seed,
+        )
+    return summarise(evaluation)
+
+
+def export_policy(config: Config, folder: RunFolder, output: Path) -> int:
+    """Write the policy of a checkpoint as a Hugging Face folder; every process of the run's layout calls
+    this."""
+    source = model_folder(config.model.path)
+    shape, weights = read_pretrained(source)
+    networks = build_networks(shape, weights, parallel=config.parallel, optimizer=config.optimizer)
+    store = CheckpointStore(
+        folder.checkpoints,
+        keep=config.checkpoint.keep,
+        rank=networks.parallel.rank,
+        world_size=networks.parallel.world_size,
+        layout={"parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline},
+    )
+    checkpoint = store.load(folder.checkpoint) if folder.checkpoint else store.load_latest()
+    if checkpoint is None:
+        raise ConfigError(f"{folder.path} has no checkpoint yet; let the run save one first")
+    networks.policy.load_state_dict(checkpoint.rank_state["policy"])
+    exported = dict(networks.policy.named_weights())
+    if networks.parallel.rank == 0:
+        end_token_id, pad_token_id = read_token_ids(source)
+        write_pretrained(output, shape, exported, end_token_id=end_token_id, pad_token_id=pad_token_id)
+        for name in _TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, output / name)
+    dist.destroy_process_group()
+    return 0

@@ -1,0 +1,285 @@
+"""The loop: problems -> episodes -> learning step -> new weights for the sampler, again and again; then the
+report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlef import problems as sources
+from rlef.checkpoint import CheckpointStore
+from rlef.config import Config, ConfigError, FeedbackKind, check_context
+from rlef.evaluate import dialog_examples, episode_metrics, evaluate, run_summary, summarise, write_summary
+from rlef.learner import Learner
+from rlef.megatron_policy import build_networks, initialize
+from rlef.ports import Networks, SamplingParams
+from rlef.pretrained import model_folder, read_pretrained
+from rlef.problems import Cursor
+from rlef.prompts import Dialog
+from rlef.records import Episode, Problem, StepStats
+from rlef.report import DIALOGS_FILE, SUMMARY_FILE, save_dialogs, write_report
+from rlef.rollout import Collection, collect_together
+from rlef.run_folder import RunFolder, open_run_folder
+from rlef.telemetry import BETWEEN_STEPS, Telemetry
+from rlef.torch_sampler import TorchSampler
+from rlef_sandbox import Executor
+
+_EVALUATION, _CHECKPOINT = BETWEEN_STEPS
+_EVALUATION_SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training drew
+
+
+def train(config: Config, folder: RunFolder) -> int:
+    """Train as `config` says; every process of the job calls this. Returns the exit status."""
+    with ExitStack() as stack:
+        run = Run(config, folder, stack)
+        stopping = _StopRequest()
+        step = run.resume()
+        if step == 0:
+            run.evaluate("start")
+        while step < config.run.steps and not stopping.agreed():
+            problems = run.cursor.take(config.rollout.episodes_per_step)
+            collection = run.collect_training(problems, step)
+            learned = run.learner.step(
+                collection.episodes, train_policy=step >= config.ppo.value_warmup_steps
+            )
+            step += 1
+            run.sampler.push(run.networks.policy.named_weights(), version=step)
+            run.telemetry.step(StepStats(step=step, metrics=run.metrics(collection) | learned))
+            if step % config.checkpoint.every_steps == 0 or step == config.run.steps:
+                run.save(step)
+            if config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
+                run.evaluate("interim")
+        if step < config.run.steps:
+            run.save(step)
+            run.telemetry.note(
+                f"stopped and saved after step {step} of {config.run.steps}; --resume auto continues"
+            )
+            return 0
+        run.evaluate("final")
+    return 0
+
+
+def train_under_torchrun(config: Config, resume: str) -> int:
+    """`train`, started by torchrun: rank 0 opens the run's folder, and the others follow."""
+    initialize(config.parallel)
+    opened: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            opened[0] = open_run_folder(config, resume=resume)
+        except ConfigError as error:
+            opened[0] = error
+    dist.broadcast_object_list(opened, src=0)
+    if isinstance(opened[0], ConfigError):
+        raise opened[0]
+    folder, note = opened[0]
+    if note and dist.get_rank() == 0:
+        print(note)
+    return train(config, folder)
+
+
+class Run:
+    """The parts of a run, built once, and what is done with several of them at a time."""
+
+    def __init__(self, config: Config, folder: RunFolder, stack: ExitStack) -> None:
+        self._config = config
+        self._folder = folder
+        self._started = time.monotonic()
+        shape, weights = read_pretrained(model_folder(config.model.path))
+        check_context(config.rollout, shape.max_position_embeddings)
+        self.dialog = Dialog.read(model_folder(config.model.path), config.rollout)
+        self.networks: Networks = build_networks(
+            shape, weights, parallel=config.parallel, optimizer=config.optimizer
+        )
+        stack.callback(_leave_job)
+        self.sampler = TorchSampler(shape, end_token_id=self.dialog.end_token_id, slots=config.rollout.slots)
+        self.sampler.push(weights.items(), version=0)
+        self.learner = Learner(self.networks, ppo=config.ppo, rewards=config.rewards)
+        self.cursor = Cursor(self._problems("train"), seed=config.run.seed)
+        self._eval_problems = self._problems("eval")
+        self._executor = stack.enter_context(
+            Executor(workers=_executor_workers(config), allow_missing=config.executor.allow_missing)
+        )
+        self._store = CheckpointStore(
+            folder.checkpoints,
+            keep=config.checkpoint.keep,
+            rank=self.networks.parallel.rank,
+            world_size=self.networks.parallel.world_size,
+            layout={"parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline},
+        )
+        self._stack = stack
+
+    def resume(self) -> int:
+        """Take up the newest checkpoint, or the one that the user named. Steps completed."""
+        named = self._folder.checkpoint
+        checkpoint = self._store.load(named) if named else self._store.load_latest()
+        step = 0
+        if checkpoint is not None:
+            step = checkpoint.step
+            self.networks.policy.load_state_dict(checkpoint.rank_state["policy"])
+            self.networks.value.load_state_dict(checkpoint.rank_state["value"])
+            self.cursor.position = checkpoint.shared["cursor"]
+            self._started -= checkpoint.shared["seconds"]
+            self.sampler.push(self.networks.policy.named_weights(), version=step)
+        self.telemetry = self._stack.enter_context(
+            Telemetry(
+                self._folder.path,
+                name=self._config.run.name,
+                total_steps=self._config.run.steps,
+                completed_steps=step,
+                rank=self.networks.parallel.rank,
+            )
+        )
+        return step
+
+    def save(self, step: int) -> None:
+        """Sampling draws from (seed, episode, position) alone, so there is no random state to keep."""
+        with self.telemetry.timer.phase(_CHECKPOINT):
+            networks = {
+                "policy": dict(self.networks.policy.state_dict()),
+                "value": dict(self.networks.value.state_dict()),
+            }
+            self._store.save(step, networks, {"cursor": self.cursor.position, "seconds": self._seconds()})
+
+    def collect_training(self, problems: Sequence[Problem], step: int) -> Collection:
+        rollout = self._config.rollout
+        first = step * rollout.episodes_per_step
+        params = SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_response_tokens,
+            seed=self._config.run.seed,
+        )
+        numbers = range(first, first + len(problems))
+        return self._collect(problems, numbers, params, turns=rollout.turns, feedback=rollout.feedback)
+
+    def metrics(self, collection: Collection) -> dict[str, float]:
+        return episode_metrics(collection.episodes, self._config.rewards) | {
+            "tests_run": float(collection.tests_run),
+            "seconds/sampling": collection.sampling_s,
+            "seconds/executing": collection.executing_s,
+        }
+
+    def evaluate(self, phase: str) -> None:
+        """Evaluate on the held-out problems; rank 0 writes `summary.json` and, at the end, the report."""
+        config, path = self._config, self._folder.path
+        with self.telemetry.timer.phase(_EVALUATION):
+            evaluation = evaluate(
+                self._eval_problems,
+                rollouts=self._evaluation_episodes,
+                settings=config.evaluation,
+                rewards=config.rewards,
+                turns=config.rollout.turns,
+                max_response_tokens=config.rollout.max_response_tokens,
+                seed=config.run.seed + _EVALUATION_SEED_OFFSET,
+            )
+        if self.networks.parallel.rank != 0:
+            return
+        figures = summarise(evaluation)
+        if phase == "interim":
+            self.telemetry.note(f"held out: {_headline(figures)}")
+            return
+        examples = dialog_examples(evaluation, self._eval_problems, phase=phase, dialog=self.dialog)
+        save_dialogs(path / DIALOGS_FILE, phase, examples)
+        start = (
+            figures
+            if phase == "start"
+            else json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))["start"]
+        )
+        summary = run_summary(
+            start=start,
+            final=figures if phase == "final" else None,
+            seed=config.run.seed,
+            steps=config.run.steps,
+            seconds=self._seconds(),
+        )
+        write_summary(path / SUMMARY_FILE, summary)
+        if phase == "final":
+            write_report(path)
+
+    def _evaluation_episodes(
+        self,
+        problems: Sequence[Problem],
+        *,
+        numbers: Sequence[int],
+        params: SamplingParams,
+        turns: int,
+        feedback: FeedbackKind,
+    ) -> list[Episode]:
+        return self._collect(problems, numbers, params, turns=turns, feedback=feedback).episodes
+
+    def _collect(
+        self,
+        problems: Sequence[Problem],
+        numbers: Sequence[int],
+        params: SamplingParams,
+        *,
+        turns: int,
+        feedback: FeedbackKind,
+    ) -> Collection:
+        return collect_together(
+            problems,
+            numbers=numbers,
+            sampler=self.sampler,
+            executor=self._executor,
+            dialog=self.dialog,
+            settings=self._config.rollout,
+            params=params,
+            turns=turns,
+            feedback=feedback,
+        )
+
+    def _problems(self, which: str) -> list[Problem]:
+        settings = self._config.problems
+        return sources.load(
+            settings.train if which == "train" else settings.eval,
+            seed=settings.seed,
+            size=settings.train_size if which == "train" else settings.eval_size,
+            defaults=self._config.executor,
+            setting=f"problems.{which}",
+        )
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started
+
+
+class _StopRequest:
+    """SIGINT and SIGTERM ask the run to save and leave after the step under way; all processes must agree."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def agreed(self) -> bool:
+        asked = torch.tensor(int(self._asked))
+        if torch.cuda.is_available():
+            asked = asked.cuda()
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked = True
+
+
+def _headline(figures: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {figures[name]:.3f}" for name in figures["intervals"])
+
+
+def _executor_workers(config: Config) -> int:
+    """This process's share of the machine's cores, unless the setting says otherwise."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return config.executor.workers or max(1, len(os.sched_getaffinity(0)) // processes_here)
+
+
+def _leave_job() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,180 @@
+"""Every way to divide four processes computes what one process of plain torch computes.
+
+One launch of four ranks plays all layouts and both kinds of embedding; the tests look at what it recorded.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from rlef.config import ParallelConfig
+from tests.distributed import run_ranks
+from tests.megatron_examples import (
+    SMOOTH,
+    TIED,
+    UNTIED,
+    batches,
+    policy_twin,
+    ppo_policy_loss,
+    ppo_value_loss,
+    random_weights,
+    relative_error,
+    value_twin,
+)
+
+pytestmark = pytest.mark.multiprocess
+
+RANKS = 4
+TOLERANCE = 1e-5
+LAYOUTS = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2)}  # tensor x pipeline; the rest is data
+SHAPES = {"untied": UNTIED, "tied": TIED}
+UPDATES = 2
+
+
+def play() -> dict[str, Any]:
+    """On one rank: each layout's scores, updates and weights."""
+    from megatron.core import parallel_state
+
+    recorded = {}
+    for layout, (tensor, pipeline) in LAYOUTS.items():
+        for embedding in SHAPES:
+            recorded[f"{layout} {embedding}"] = _play_layout(tensor, pipeline, embedding)
+        parallel_state.destroy_model_parallel()
+    return recorded
+
+
+def _play_layout(tensor: int, pipeline: int, embedding: str) -> dict[str, Any]:
+    from rlef.megatron_policy import MegatronNetwork, initialize
+
+    shape = SHAPES[embedding]
+    weights = random_weights(shape)
+    state = initialize(ParallelConfig(processes=RANKS, tensor=tensor, pipeline=pipeline))
+    everything = batches()
+    mine = range(
+        state.data_parallel_rank, len(everything), state.data_parallel_size
+    )  # none on the fourth of four
+    own = [everything[number] for number in mine]
+    losses = {
+        "logits": ppo_policy_loss(everything, mine, state.tensor_parallel_group),
+        "value": ppo_value_loss(everything, mine),
+    }
+    record: dict[str, Any] = {"batches": list(mine)}
+    for head, loss in losses.items():
+        network = MegatronNetwork(shape, weights, head=head, optimizer=SMOOTH, lr=SMOOTH.lr)
+        record[head] = {
+            "loaded": dict(network.named_weights()),
+            "scores": network.forward(own),
+            "updates": [network.update(own, loss)],
+        }
+        saved = copy.deepcopy(network.state_dict())
+        record[head]["updates"].append(network.update(own, loss))
+        record[head]["weights"] = dict(network.named_weights())
+        resumed = MegatronNetwork(
+            shape, random_weights(shape, seed=9), head=head, optimizer=SMOOTH, lr=SMOOTH.lr
+        )
+        resumed.load_state_dict(saved)
+        resumed.update(own, loss)
+        record[head]["resumed"] = dict(resumed.named_weights())
+    return record
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(play, ranks=RANKS, folder=tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def embedding(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module", params=["logits", "value"])
+def head(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def twin(embedding: str, head: str) -> dict[str, Any]:
+    """What the plain torch network makes of the same weights and micro-batches, all in one process."""
+    everything = batches()
+    weights = random_weights(SHAPES[embedding])
+    if head == "logits":
+        network, loss = policy_twin(SHAPES[embedding], weights), ppo_policy_loss(everything, range(3))
+    else:
+        network, loss = value_twin(SHAPES[embedding], weights), ppo_value_loss(everything, range(3))
+    return {
+        "scores": network.forward(everything),
+        "updates": [network.update(everything, loss) for _ in range(UPDATES)],
+        "weights": dict(network.named_weights()),
+        "loaded": {name: weights[name] for name, _ in network.named_weights()},
+    }
+
+
+@pytest.fixture(params=LAYOUTS)
+def records(
+    request: pytest.FixtureRequest, ranks: list[dict[str, Any]], embedding: str, head: str
+) -> list[dict[str, Any]]:
+    """What each rank recorded in one layout."""
+    played = [rank[f"{request.param} {embedding}"] for rank in ranks]
+    return [{"batches": record["batches"], **record[head]} for record in played]
+
+
+def test_every_layout_scores_like_the_torch_twin(records: list[dict[str, Any]], twin: dict[str, Any]) -> None:
+    for record in records:
+        assert len(record["scores"]) == len(record["batches"])
+        for number, scores in zip(record["batches"], record["scores"], strict=True):
+            assert relative_error(scores, twin["scores"][number]) < TOLERANCE
+
+
+def test_every_layout_updates_like_the_torch_twin(
+    records: list[dict[str, Any]], twin: dict[str, Any]
+) -> None:
+    for record in records:
+        for found, expected in zip(record["updates"], twin["updates"], strict=True):
+            assert found.grad_norm == pytest.approx(expected.grad_norm, rel=TOLERANCE)
+            assert found.learning_rate == expected.learning_rate
+            assert found.skipped is False
+            assert found.statistics == pytest.approx(expected.statistics, rel=TOLERANCE, abs=1e-7)
+
+
+def test_every_layout_moves_every_weight_like_the_torch_twin(
+    records: list[dict[str, Any]], twin: dict[str, Any]
+) -> None:
+    """The optimiser is so smooth that weights move by their gradients: this compares gradients too."""
+    for record in records:
+        assert record["weights"].keys() == twin["weights"].keys()
+        for name, expected in twin["weights"].items():
+            start = twin["loaded"][name]
+            assert relative_error(record["weights"][name] - start, expected - start) < TOLERANCE, name
+
+
+def test_exported_weights_are_those_that_were_loaded_bit_for_bit(
+    records: list[dict[str, Any]], twin: dict[str, Any]
+) -> None:
+    for record in records:
+        assert record["loaded"].keys() == twin["loaded"].keys()
+        for name, weight in twin["loaded"].items():
+            assert torch.equal(record["loaded"][name], weight), name
+
+
+def test_a_resumed_network_continues_bit_for_bit(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        for name, weight in record["weights"].items():
+            assert torch.equal(record["resumed"][name], weight), name
+
+
+def test_every_rank_ends_with_the_same_weights_and_statistics(records: list[dict[str, Any]]) -> None:
+    for record in records[1:]:
+        assert record["updates"] == records[0]["updates"]
+        for name, weight in records[0]["weights"].items():
+            assert torch.equal(record["weights"][name], weight), name
+
+
+def test_one_rank_had_no_micro_batch_and_took_part(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["1x1 untied"]["batches"] for rank in ranks] == [[0], [1], [2], []]

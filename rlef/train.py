@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -40,10 +40,10 @@ _EVALUATION_SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that
 def train(config: Config, folder: RunFolder) -> int:
     """Train as `config` says; every process of the job calls this. Returns the exit status."""
     with ExitStack() as stack:
+        stopping = stack.enter_context(_StopRequest())
         run = Run(config, folder, stack)
-        stopping = _StopRequest()
         step = run.resume()
-        if step == 0:
+        if step == 0 and not stopping.agreed():
             run.evaluate("start")
         while step < config.run.steps and not stopping.agreed():
             problems = run.cursor.take(config.rollout.episodes_per_step)
@@ -254,10 +254,16 @@ class Run:
 class _StopRequest:
     """SIGINT and SIGTERM ask the run to save and leave after the step under way; all processes must agree."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Self:
         self._asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        self._previous = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def agreed(self) -> bool:
         asked = torch.tensor(int(self._asked))

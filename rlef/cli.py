@@ -17,6 +17,7 @@ import click
 
 from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
 from rlef.launch import launched_by_torchrun, run_processes
+from rlef_sandbox import Executor, SandboxFault
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -30,8 +31,7 @@ def _errors_in_one_line(command: _F) -> _F:
         try:
             return command(*args, **kwargs)
         except ConfigError as error:
-            click.echo(f"rlef: error: {error}", err=True)
-            sys.exit(2)
+            sys.exit(_refuse(error))
 
     return guarded  # type: ignore[return-value]
 
@@ -56,7 +56,7 @@ def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: b
     """Train as CONFIG (a TOML file) says, and report."""
     from rlef.run_folder import open_run_folder
 
-    config = load_config(config_file, overrides)
+    config = load_config(config_file, (*overrides, *_given_by_torchrun()))
     check_inputs(config)
     if dry_run:
         click.echo(json.dumps(config.model_dump(mode="json"), indent=2))
@@ -161,15 +161,19 @@ def report(run_folder: Path) -> None:
 
 
 def check_inputs(config: Config) -> None:
-    """Read the model's shape, the dialog markers and the problem files; a `ConfigError` says what to mend."""
+    """Read the model's shape, the dialog markers and the problem files, and start the sandbox once.
+
+    A `ConfigError` says what to mend.
+    """
     from rlef import problems
-    from rlef.pretrained import model_folder, read_shape
+    from rlef.pretrained import check_weights, model_folder, read_shape
     from rlef.prompts import Dialog
     from rlef.weights import check_layout
 
     folder = model_folder(config.model.path)
     shape = read_shape(folder)
-    check_layout(shape, config.parallel, _world_size(config))
+    check_weights(folder)
+    check_layout(shape, config.parallel, config.parallel.processes)
     check_context(config.rollout, shape.max_position_embeddings)
     Dialog.read(folder, config.rollout)
     for setting, source in (
@@ -177,10 +181,15 @@ def check_inputs(config: Config) -> None:
         ("problems.eval", config.problems.eval),
     ):
         problems.load(source, seed=config.problems.seed, size=1, defaults=config.executor, setting=setting)
+    try:
+        Executor(workers=1, allow_missing=config.executor.allow_missing).close()
+    except (ValueError, SandboxFault) as error:
+        raise ConfigError(f"executor: {error}") from None
 
 
-def _world_size(config: Config) -> int:
-    return int(os.environ["WORLD_SIZE"]) if launched_by_torchrun() else config.parallel.processes
+def _given_by_torchrun() -> tuple[str, ...]:
+    """torchrun has decided on the number of processes, so the settings follow."""
+    return (f"parallel.processes={os.environ['WORLD_SIZE']}",) if launched_by_torchrun() else ()
 
 
 def _train(config: Config, folder: Any) -> int:
@@ -196,12 +205,19 @@ def _export(config: Config, folder: Any, output: Path) -> int:
 
 
 def _with_status(action: Callable[[], int]) -> int:
+    from rlef.checkpoint import CheckpointError
+
     try:
         return action()
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            click.echo(f"rlef: error: {error}", err=True)
-        return 2
+    except (ConfigError, CheckpointError) as error:
+        return _refuse(error)
+
+
+def _refuse(error: ValueError) -> int:
+    """Tell the user what to mend, once for all processes; the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(f"rlef: error: {error}", err=True)
+    return 2
 
 
 def _train_under_torchrun(config: Config, resume: str) -> int:
@@ -220,6 +236,8 @@ def _show_result(path: Path) -> None:
 
     from rlef.report import REPORT_FILE, SUMMARY_FILE, before_after_table
 
+    if not (path / SUMMARY_FILE).exists():  # stopped before it had evaluated anything
+        return
     summary = json.loads((path / SUMMARY_FILE).read_text(encoding="utf-8"))
     if summary["final"] is None:
         return

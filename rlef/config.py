@@ -20,7 +20,10 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+# Runs are moved aside and their folders written to, so a name must not lead out of run.output_dir.
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 
 FeedbackKind = Literal["true", "none", "random"]
 ValueLevel = Literal["turn", "token"]
@@ -31,11 +34,11 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
 
 
 class RunConfig(Section):
-    name: str = "rlef"
+    name: FolderName = "rlef"
     output_dir: str = "runs"
     seed: NonNegativeInt = 1
     steps: PositiveInt = 3000  # paper: 12,000 updates (8B) of 4 a step
@@ -80,13 +83,13 @@ class ExecutorConfig(Section):
     workers: NonNegativeInt = 0  # 0: this process's share of the machine's cores
     default_time_limit_s: PositiveFloat = 10.0
     default_memory_limit_bytes: PositiveInt = 1_000_000_000
-    allow_missing: tuple[str, ...] = ()  # isolation layers that may be absent, by name
+    allow_missing: Annotated[tuple[str, ...], Field(strict=False)] = ()  # isolation layers that may be absent
 
 
 class RewardConfig(Section):
-    solved: float = 1.0
-    failed: float = -1.0
-    no_code: float = -0.2  # for a response without valid code that is not the last
+    solved: FiniteFloat = 1.0
+    failed: FiniteFloat = -1.0
+    no_code: FiniteFloat = -0.2  # for a response without valid code that is not the last
     kl_coef: NonNegativeFloat = 0.05  # beta, on the mean token log-ratio of a response
 
 
@@ -146,6 +149,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no run file {str(path)!r}; configs/ has examples") from None
+    except OSError as error:
+        raise ConfigError(f"the run file {str(path)!r} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for override in overrides:
@@ -153,7 +158,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error.errors()[0])) from None
+        raise ConfigError(explain(error)) from None
     check_arithmetic(config)
     return config
 
@@ -237,7 +242,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     table[key] = value
 
 
-def _explain(error: Any) -> str:
+def explain(invalid: ValidationError) -> str:
+    """The first fault that pydantic found in settings, in one line."""
+    error = invalid.errors()[0]
     path = tuple(str(part) for part in error["loc"])
     name = ".".join(path)
     if error["type"] != "extra_forbidden":

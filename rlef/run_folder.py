@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlef.config import Config, ConfigError
+from pydantic import ValidationError
+
+from rlef.config import Config, ConfigError, explain
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -58,6 +60,16 @@ def open_run_folder(config: Config, *, resume: str) -> tuple[RunFolder, str | No
     if resume == "auto" and _is_unfinished(path):
         _require_same_settings(path, config)
         return RunFolder(path=path, checkpoint=None), f"continuing the unfinished run in {path}"
+    try:
+        note = _start_anew(path, config)
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir: {path} cannot be written ({error.strerror}); name another folder"
+        ) from None
+    return RunFolder(path=path, checkpoint=None), note
+
+
+def _start_anew(path: Path, config: Config) -> str | None:
     note = None
     if path.exists():
         aside = _free_name(path)
@@ -67,7 +79,7 @@ def open_run_folder(config: Config, *, resume: str) -> tuple[RunFolder, str | No
     partial = path / (CONFIG_FILE + ".partial")
     partial.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     partial.rename(path / CONFIG_FILE)
-    return RunFolder(path=path, checkpoint=None), note
+    return note
 
 
 def read_run_config(path: Path) -> Config:
@@ -77,8 +89,8 @@ def read_run_config(path: Path) -> Config:
         return Config.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path} is not a run's folder: it has no {CONFIG_FILE}") from None
-    except ValueError as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{file} is not what a run of this version writes: {explain(error)}") from None
 
 
 def _is_unfinished(path: Path) -> bool:

@@ -1,0 +1,117 @@
+"""Problem files and the order in which training takes problems."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlef.config import ConfigError, ExecutorConfig
+from rlef.hidden_conventions import generate
+from rlef.problems import Cursor, load, read_jsonl, write_jsonl
+from rlef_sandbox import Test
+
+GOOD = {
+    "id": "double",
+    "statement": "Print twice the number.",
+    "public_tests": [{"input": "2\n", "expected_output": "4\n"}],
+    "private_tests": [{"input": "5\n", "expected_output": "10\n"}],
+    "time_limit_s": 1.5,
+    "memory_limit_bytes": 1000,
+    "source": "hand",
+}
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        list(read_jsonl(path, defaults=ExecutorConfig()))
+    return str(caught.value)
+
+
+def test_a_line_becomes_a_problem(tmp_path: Path) -> None:
+    (problem,) = read_jsonl(write(tmp_path / "p.jsonl", GOOD), defaults=ExecutorConfig())
+    assert problem.statement == "Print twice the number."
+    assert problem.public_tests == (Test("2\n", "4\n"),)
+    assert (problem.time_limit_s, problem.memory_limit_bytes) == (1.5, 1000)
+
+
+def test_missing_limits_are_the_settings_defaults(tmp_path: Path) -> None:
+    row = {name: value for name, value in GOOD.items() if name not in ("time_limit_s", "memory_limit_bytes")}
+    (problem,) = read_jsonl(write(tmp_path / "p.jsonl", row), defaults=ExecutorConfig())
+    assert (problem.time_limit_s, problem.memory_limit_bytes) == (10.0, 1_000_000_000)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    problems = list(generate("train", seed=0, size=8))
+    write_jsonl(tmp_path / "p.jsonl", iter(problems))
+    assert list(read_jsonl(tmp_path / "p.jsonl", defaults=ExecutorConfig())) == problems
+    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD)
+    path.write_text(path.read_text() + '{"id": \n')
+    assert "p.jsonl, line 2: not JSON" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"statement": 3}, "statement"),
+        ({"public_tests": []}, "public_tests"),
+        ({"private_tests": [{"input": "1"}]}, "private_tests.0.expected_output"),
+        ({"time_limit_s": -1}, "time_limit_s"),
+        ({"memory_limit_bytes": "1 GB"}, "memory_limit_bytes"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_bad_field_is_reported_with_its_line_and_name(
+    tmp_path: Path, change: dict[str, object], field: str
+) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD, GOOD | {"id": "other"} | change)
+    assert f"p.jsonl, line 2: field '{field}'" in error_of(path)
+
+
+def test_an_id_that_comes_twice_names_both_lines(tmp_path: Path) -> None:
+    assert "line 2: id 'double' was used on line 1" in error_of(write(tmp_path / "p.jsonl", GOOD, GOOD))
+
+
+def test_an_empty_file_is_an_error_that_says_what_to_put_in(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl")
+    with pytest.raises(ConfigError, match=r"problems.train: .* holds no problem; put one JSON object on each line"):
+        load(str(path), seed=0, size=1, defaults=ExecutorConfig(), setting="problems.train")
+
+
+def test_a_missing_file_and_an_unknown_split_name_the_setting() -> None:
+    for source in ("nowhere.jsonl", "hidden_conventions:test"):
+        with pytest.raises(ConfigError, match=r"problems.eval: .*hidden_conventions:train"):
+            load(source, seed=0, size=1, defaults=ExecutorConfig(), setting="problems.eval")
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 7), max_size=8))
+def test_each_round_of_the_cursor_takes_every_problem_once(count: int, chunks: list[int]) -> None:
+    cursor = Cursor(list(generate("train", seed=0, size=count)), seed=4)
+    taken = [problem for chunk in chunks for problem in cursor.take(chunk)]
+    for start in range(0, len(taken) - count + 1, count):
+        assert len({problem.id for problem in taken[start : start + count]}) == count
+
+
+@given(st.integers(0, 30), st.integers(1, 7))
+def test_a_cursor_at_a_saved_position_goes_on_as_the_first_would_have(position: int, count: int) -> None:
+    problems = list(generate("train", seed=0, size=5))
+    first = Cursor(problems, seed=4)
+    first.take(position)
+    assert Cursor(problems, seed=4, position=position).take(count) == first.take(count)
+
+
+def test_rounds_come_in_different_orders() -> None:
+    cursor = Cursor(list(generate("train", seed=0, size=16)), seed=0)
+    assert cursor.take(16) != cursor.take(16)

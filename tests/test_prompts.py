@@ -1,0 +1,156 @@
+"""Templates, extraction, truncation and the token ids of a dialog."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlef import prompts
+from rlef.config import ConfigError, RolloutConfig
+from rlef.pretrained import model_folder
+from rlef.prompts import Dialog, FailedTest, extract_code, feedback_text, shorten_trace, turn_outcome
+from rlef.records import TurnOutcome
+from rlef_sandbox import Result, Test, Verdict
+
+
+def result(verdict: Verdict, *, stdout: str = "", stderr: str = "") -> Result:
+    return Result(
+        verdict=verdict,
+        exit_code=0,
+        signal=None,
+        stdout=stdout,
+        stderr=stderr,
+        stdout_truncated=False,
+        stderr_truncated=False,
+        cpu_s=0.0,
+        wall_s=0.0,
+        peak_memory_bytes=0,
+    )
+
+
+def dialog(**settings: int) -> Dialog:
+    return Dialog.read(model_folder("embedded"), RolloutConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("response", "code"),
+    [
+        ("Here:\n```python\nprint(1)\n```\nDone.", "print(1)\n"),
+        ("```py\nprint(1)\n```", "print(1)\n"),
+        ("```\nfirst\n```\n```python\nsecond\n```", "second\n"),
+        ("```cpp\nint x;\n```", "int x;\n"),
+        ("```python\na\n```\n```python\nb\n```", "a\n"),
+        ("```python\nprint(1)\n", "print(1)\n"),
+        ("print(1)", None),
+        ("", None),
+        ("```python", None),
+    ],
+)
+def test_the_program_is_the_first_python_block_else_the_first_block(response: str, code: str | None) -> None:
+    assert extract_code(response) == code
+
+
+def test_a_turn_is_named_by_its_first_failing_test() -> None:
+    results = [result(Verdict.PASSED), result(Verdict.TIMEOUT), result(Verdict.EXCEPTION)]
+    assert turn_outcome("code", results) is TurnOutcome.TIMEOUT
+    assert turn_outcome("code", results[:1]) is TurnOutcome.PASSED
+    assert turn_outcome(None, []) is TurnOutcome.NO_CODE
+
+
+def test_wrong_output_is_told_with_input_expected_output_and_output() -> None:
+    failed = FailedTest(test=Test("1 2\n", "3\n"), result=result(Verdict.WRONG_OUTPUT, stdout="12\n"))
+    assert feedback_text([failed], max_test_characters=100) == (
+        "Your code failed these tests:\n- input:\n1 2\nexpected output:\n3\nyour output:\n12\nGive it another try."
+        "\nPut your program between ```python and ``` and use backticks for nothing else."
+    )
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (Verdict.TIMEOUT, "it took too long."),
+        (Verdict.OUT_OF_MEMORY, "it ran out of memory."),
+        (Verdict.OUTPUT_LIMIT, "it printed too much."),
+        (Verdict.SECURITY, "it tried something that is not allowed."),
+        (Verdict.EXCEPTION, "it raised:\nZeroDivisionError"),
+        (Verdict.SYNTAX_ERROR, "it raised:\nZeroDivisionError"),
+    ],
+)
+def test_other_failures_are_told_without_the_expected_output(verdict: Verdict, words: str) -> None:
+    failed = FailedTest(test=Test("1\n", "secret\n"), result=result(verdict, stderr="ZeroDivisionError\n"))
+    text = feedback_text([failed], max_test_characters=100)
+    assert words in text
+    assert "secret" not in text
+
+
+def test_every_failing_test_has_its_bullet() -> None:
+    failed = [
+        FailedTest(test=Test(f"{number}\n", "0\n"), result=result(Verdict.WRONG_OUTPUT)) for number in range(3)
+    ]
+    assert feedback_text(failed, max_test_characters=100).count("- input:") == 3
+
+
+def test_long_inputs_are_cut_and_marked() -> None:
+    failed = FailedTest(test=Test("x" * 50, "y"), result=result(Verdict.WRONG_OUTPUT, stdout="z" * 50))
+    text = feedback_text([failed], max_test_characters=10)
+    assert "x" * 10 + "...\n" in text
+    assert "z" * 11 not in text
+
+
+def test_a_long_trace_keeps_its_first_line_and_its_last_ones() -> None:
+    trace = "Traceback:\n" + "\n".join(f"  line {number}" for number in range(50)) + "\nKeyError: 'a'"
+    short = shorten_trace(trace, max_characters=40)
+    assert short.startswith("Traceback:\n...\n")
+    assert short.endswith("KeyError: 'a'")
+
+
+@given(st.text(max_size=300), st.integers(20, 200))
+def test_a_shortened_trace_fits(trace: str, room: int) -> None:
+    assert len(shorten_trace(trace, max_characters=room)) <= room
+
+
+def test_a_prompt_is_cut_on_the_left_so_that_the_request_stays() -> None:
+    cut, whole = dialog(max_prompt_tokens=8), dialog()
+    ids = cut.prompt("print " * 50)
+    assert len(ids) == 8
+    assert ids[-3:] == whole.prompt("print " * 50)[-3:]
+    assert ids[0] == whole.prompt("x")[0]
+
+
+def test_feedback_is_cut_on_the_right_and_marked() -> None:
+    ids = dialog(max_feedback_tokens=10).feedback("1 " * 50)
+    assert len(ids) == 10
+    assert dialog().decode(ids).endswith("...<|assistant|>")
+
+
+def test_a_statement_that_spells_a_role_marker_stays_text() -> None:
+    shown = dialog()
+    marker = shown.prompt("x")[-1]
+    assert shown.prompt("say <|assistant|> now").count(marker) == 1
+
+
+def test_only_an_unfinished_response_is_closed() -> None:
+    shown = dialog()
+    assert shown.close([5, shown.end_token_id]) == []
+    assert shown.close([5, 6]) == [shown.end_token_id]
+    assert shown.close([]) == [shown.end_token_id]
+
+
+@given(st.text())
+def test_decoding_a_response_gives_its_text_back(text: str) -> None:
+    shown = dialog()
+    assert shown.decode(shown.response(text)) == text
+
+
+def test_fixed_texts_are_single_tokens_of_the_embedded_tokenizer() -> None:
+    shown = dialog()
+    assert all(len(shown.response(text)) == 2 for text in prompts.TEMPLATE_TEXTS)
+
+
+def test_a_role_marker_that_the_tokenizer_lacks_is_named() -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_folder("embedded") / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"dialog.json: the tokenizer has no token '<user>'"):
+        Dialog(tokenizer, RolloutConfig(), user="<user>", assistant="<|assistant|>", end="<|end|>")

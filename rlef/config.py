@@ -165,6 +165,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def check_arithmetic(config: Config) -> None:
     """Numbers that must fit each other, checked before anything starts."""
+    if config.rollout.temperature != 1 or config.rollout.top_p != 1:
+        raise ConfigError(
+            f"rollout.temperature = {config.rollout.temperature} and rollout.top_p = {config.rollout.top_p}: "
+            "the policy is trained on what it samples untempered, so both must be 1 (evaluation has its own)"
+        )
     episodes, updates = config.rollout.episodes_per_step, config.ppo.updates_per_step
     if episodes % updates:
         raise ConfigError(

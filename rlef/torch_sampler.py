@@ -192,7 +192,8 @@ class TorchSampler:
                 .view(rows, length, -1, head_dim)
                 .transpose(1, 2)
             )
-            query, key, value = mixed.split([heads, groups, groups], dim=1)  # [rows, heads, length, head_dim]
+            # [rows, heads, length, head_dim], and twice [rows, groups, length, head_dim]
+            query, key, value = torch.split(mixed, [heads, groups, groups], dim=1)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
             keys.scatter_(2, target, key)
             values.scatter_(2, target, value)

@@ -85,7 +85,9 @@ def test_the_held_out_reference_programs_pass_their_tests_in_the_executor() -> N
 def test_another_reading_fails_the_public_test_in_the_executor() -> None:
     item = problem("train", seed=0, index=0)
     task = task_of(item)
-    wrong = [program for reading in task.readings() if (program := task.program(reading)) not in item.solutions]
+    wrong = [
+        program for reading in task.readings() if (program := task.program(reading)) not in item.solutions
+    ]
     with Executor(workers=1) as executor:
         all_results = executor.run_many([Job(program, item.public_tests) for program in wrong])
     assert {result.verdict for results in all_results for result in results} == {Verdict.WRONG_OUTPUT}

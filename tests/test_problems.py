@@ -86,7 +86,9 @@ def test_an_id_that_comes_twice_names_both_lines(tmp_path: Path) -> None:
 
 def test_an_empty_file_is_an_error_that_says_what_to_put_in(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl")
-    with pytest.raises(ConfigError, match=r"problems.train: .* holds no problem; put one JSON object on each line"):
+    with pytest.raises(
+        ConfigError, match=r"problems.train: .* holds no problem; put one JSON object on each line"
+    ):
         load(str(path), seed=0, size=1, defaults=ExecutorConfig(), setting="problems.train")
 
 

@@ -61,7 +61,8 @@ def test_a_turn_is_named_by_its_first_failing_test() -> None:
 def test_wrong_output_is_told_with_input_expected_output_and_output() -> None:
     failed = FailedTest(test=Test("1 2\n", "3\n"), result=result(Verdict.WRONG_OUTPUT, stdout="12\n"))
     assert feedback_text([failed], max_test_characters=100) == (
-        "Your code failed these tests:\n- input:\n1 2\nexpected output:\n3\nyour output:\n12\nGive it another try."
+        "Your code failed these tests:\n- input:\n1 2\nexpected output:\n3\nyour output:\n12"
+        "\nGive it another try."
         "\nPut your program between ```python and ``` and use backticks for nothing else."
     )
 
@@ -86,7 +87,8 @@ def test_other_failures_are_told_without_the_expected_output(verdict: Verdict, w
 
 def test_every_failing_test_has_its_bullet() -> None:
     failed = [
-        FailedTest(test=Test(f"{number}\n", "0\n"), result=result(Verdict.WRONG_OUTPUT)) for number in range(3)
+        FailedTest(test=Test(f"{number}\n", "0\n"), result=result(Verdict.WRONG_OUTPUT))
+        for number in range(3)
     ]
     assert feedback_text(failed, max_test_characters=100).count("- input:") == 3
 

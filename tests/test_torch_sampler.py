@@ -46,7 +46,9 @@ def sampler(model: LlamaModel, *, slots: int = 8) -> TorchSampler:
     return made
 
 
-def params(*, temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 12, seed: int = 1) -> SamplingParams:
+def params(
+    *, temperature: float = 1.0, top_p: float = 1.0, max_tokens: int = 12, seed: int = 1
+) -> SamplingParams:
     return SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
 
 
@@ -57,7 +59,9 @@ def requests() -> list[Request]:
 def whole_logits(model: LlamaModel, token_ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         length = len(token_ids)
-        return model(torch.tensor(token_ids), torch.arange(length), torch.tensor([0, length], dtype=torch.int32))
+        return model(
+            torch.tensor(token_ids), torch.arange(length), torch.tensor([0, length], dtype=torch.int32)
+        )
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (0.2, 0.95)])
@@ -76,7 +80,9 @@ def test_a_slow_twin_that_recomputes_everything_samples_the_same_tokens(model: L
     responses = sampler(model).generate(requests(), params())
     for request, response in zip(requests(), responses, strict=True):
         ids = list(request.token_ids)
-        while len(ids) - len(request.token_ids) < 12 and (len(ids) == len(request.token_ids) or ids[-1] != END):
+        while len(ids) - len(request.token_ids) < 12 and (
+            len(ids) == len(request.token_ids) or ids[-1] != END
+        ):
             probabilities = whole_logits(model, ids)[-1].double().softmax(-1)
             draw = uniforms(1, np.array([request.stream], np.uint64), np.array([len(ids)], np.uint64))[0]
             ids.append(int((probabilities.cumsum(0) <= draw).sum()))
@@ -129,11 +135,15 @@ def test_pushed_weights_are_used_and_their_version_is_told(model: LlamaModel) ->
     after = used.generate(requests(), params())
     assert {response.version for response in before} == {7}
     assert {response.version for response in after} == {8}
-    assert [r.token_ids for r in after] == [r.token_ids for r in sampler(other).generate(requests(), params())]
+    assert [r.token_ids for r in after] == [
+        r.token_ids for r in sampler(other).generate(requests(), params())
+    ]
 
 
 def test_a_tied_model_reads_its_embedding_as_the_output_layer() -> None:
-    shape = ModelShape(**{name: getattr(SHAPE, name) for name in SHAPE.__slots__} | {"tie_word_embeddings": True})
+    shape = ModelShape(
+        **{name: getattr(SHAPE, name) for name in SHAPE.__slots__} | {"tie_word_embeddings": True}
+    )
     model = LlamaModel(shape)
     initialise(model, seed=0)
     made = TorchSampler(shape, end_token_id=END, slots=2)
@@ -148,7 +158,9 @@ def test_no_request_gives_no_response(model: LlamaModel) -> None:
 
 @pytest.mark.parametrize("length", [0, 64])
 def test_a_prompt_that_leaves_no_room_is_refused(model: LlamaModel, length: int) -> None:
-    with pytest.raises(ValueError, match=rf"a prompt of {length} tokens does not fit the context of 64 tokens"):
+    with pytest.raises(
+        ValueError, match=rf"a prompt of {length} tokens does not fit the context of 64 tokens"
+    ):
         sampler(model).generate([Request(stream=0, token_ids=[1] * length)], params())
 
 

@@ -1,0 +1,223 @@
+"""Episodes with a policy that follows a script, the real tokenizer and the real executor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import pytest
+from torch import Tensor
+
+from rlef.config import FeedbackKind, RolloutConfig
+from rlef.ports import Request, Response, SamplingParams
+from rlef.pretrained import model_folder
+from rlef.prompts import Dialog
+from rlef.records import Episode, Problem, TurnOutcome
+from rlef.rollout import Collection, collect, limits_of
+from rlef_sandbox import Executor, SandboxFault, Test
+
+SETTINGS = RolloutConfig()
+PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=99, seed=0)
+DOUBLE = "```python\nprint(2 * int(input()))\n```"
+SQUARE = "```python\nprint(int(input()) ** 2)\n```"
+PLUS_TWO = "```python\nprint(int(input()) + 2)\n```"
+
+
+def problem(name: str = "double") -> Problem:
+    """4 is the double and the square of 2, and also 2 + 2; only the private test tells."""
+    return Problem(
+        id=name,
+        statement=f"Print the {name} of the number.",
+        public_tests=(Test("2\n", "4\n"), Test("0\n", "0\n")),
+        private_tests=(Test("3\n", "6\n"), Test("5\n", "10\n")),
+        time_limit_s=2.0,
+        memory_limit_bytes=1 << 28,
+        source="test",
+    )
+
+
+class Script:
+    """`ports.Sampler` that answers each dialog with its next line, and remembers what it was asked."""
+
+    def __init__(self, dialog: Dialog, *lines: Sequence[str], finish: str = "stop") -> None:
+        self._dialog = dialog
+        self._lines = {number: iter(texts) for number, texts in enumerate(lines)}
+        self._finish = finish
+        self.asked: list[list[int]] = []
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        assert params is PARAMS
+        return [self._answer(request) for request in requests]
+
+    def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        raise AssertionError("a script has no weights")
+
+    def _answer(self, request: Request) -> Response:
+        self.asked.append(list(request.token_ids))
+        ids = self._dialog.response(next(self._lines[request.stream]))
+        if self._finish == "length":
+            ids = ids[:-1]
+        logprobs = [-0.5] * len(ids)
+        return Response(token_ids=ids, logprobs=logprobs, finish_reason=self._finish, version=4)
+
+
+@pytest.fixture(scope="module")
+def dialog() -> Dialog:
+    return Dialog.read(model_folder("embedded"), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[Executor]:
+    with Executor(workers=1) as executor:
+        yield executor
+
+
+def run(
+    dialog: Dialog,
+    executor: Executor,
+    *lines: Sequence[str],
+    feedback: FeedbackKind = "true",
+    problems: Sequence[Problem] | None = None,
+    finish: str = "stop",
+    turns: int = 3,
+) -> tuple[Collection, Script]:
+    script = Script(dialog, *lines, finish=finish)
+    collection = collect(
+        problems or [problem(f"double{number}") for number in range(len(lines))],
+        numbers=range(len(lines)),
+        sampler=script,
+        executor=executor,
+        dialog=dialog,
+        settings=SETTINGS,
+        params=PARAMS,
+        turns=turns,
+        feedback=feedback,
+    )
+    return collection, script
+
+
+def outcomes(episode: Episode) -> list[TurnOutcome]:
+    return [turn.outcome for turn in episode.turns]
+
+
+def test_an_episode_ends_when_the_public_tests_pass(dialog: Dialog, executor: Executor) -> None:
+    (episode,) = run(dialog, executor, [PLUS_TWO, DOUBLE])[0].episodes
+    assert outcomes(episode) == [TurnOutcome.WRONG_OUTPUT, TurnOutcome.PASSED]
+    assert episode.solved
+
+
+def test_passing_the_public_tests_is_not_solving(dialog: Dialog, executor: Executor) -> None:
+    (episode,) = run(dialog, executor, [SQUARE])[0].episodes
+    assert outcomes(episode) == [TurnOutcome.PASSED]
+    assert episode.passed_public
+    assert not episode.solved
+
+
+def test_the_turn_limit_ends_an_episode_that_never_passes(dialog: Dialog, executor: Executor) -> None:
+    (episode,) = run(dialog, executor, [PLUS_TWO] * 3)[0].episodes
+    assert outcomes(episode) == [TurnOutcome.WRONG_OUTPUT] * 3
+    assert not episode.solved
+
+
+def test_a_response_without_code_consumes_its_turn_and_is_told_so(dialog: Dialog, executor: Executor) -> None:
+    collection, script = run(dialog, executor, ["no idea", DOUBLE])
+    (episode,) = collection.episodes
+    assert outcomes(episode) == [TurnOutcome.NO_CODE, TurnOutcome.PASSED]
+    assert episode.turns[0].code is None
+    assert "No program could be found" in dialog.decode(script.asked[1])
+
+
+def test_feedback_lists_the_failing_test_and_no_passing_one(dialog: Dialog, executor: Executor) -> None:
+    _, script = run(dialog, executor, [PLUS_TWO, DOUBLE])
+    told = dialog.decode(script.asked[1])
+    assert "- input:\n0\nexpected output:\n0\nyour output:\n2" in told
+    assert told.count("- input:") == 1
+
+
+def test_private_tests_are_never_shown(dialog: Dialog, executor: Executor) -> None:
+    _, script = run(dialog, executor, [PLUS_TWO] * 3)
+    assert all("10" not in dialog.decode(asked) for asked in script.asked)
+
+
+def test_token_ids_are_one_growing_list(dialog: Dialog, executor: Executor) -> None:
+    collection, script = run(dialog, executor, [PLUS_TWO, "no idea", DOUBLE])
+    (episode,) = collection.episodes
+    for asked, turn in zip(script.asked, episode.turns, strict=True):
+        assert episode.token_ids[: turn.start] == asked
+    lists = (episode.token_ids, episode.sampled, episode.logprobs, episode.versions)
+    assert len({len(values) for values in lists}) == 1
+
+
+def test_only_response_tokens_are_marked_as_sampled(dialog: Dialog, executor: Executor) -> None:
+    (episode,) = run(dialog, executor, [PLUS_TWO, DOUBLE])[0].episodes
+    inside = {index for turn in episode.turns for index in range(turn.start, turn.end)}
+    assert {index for index, sampled in enumerate(episode.sampled) if sampled} == inside
+    assert all(
+        (logprob == -0.5) == sampled
+        for logprob, sampled in zip(episode.logprobs, episode.sampled, strict=True)
+    )
+    assert all(
+        (version == 4) == sampled for version, sampled in zip(episode.versions, episode.sampled, strict=True)
+    )
+
+
+def test_a_response_cut_at_its_length_is_closed_by_us_not_by_the_policy(
+    dialog: Dialog, executor: Executor
+) -> None:
+    (episode,) = run(dialog, executor, [PLUS_TWO, DOUBLE], finish="length")[0].episodes
+    end = episode.turns[0].end
+    assert episode.token_ids[end] == dialog.end_token_id
+    assert not episode.sampled[end]
+
+
+def test_without_feedback_only_the_failure_is_told(dialog: Dialog, executor: Executor) -> None:
+    _, script = run(dialog, executor, [PLUS_TWO, DOUBLE], feedback="none")
+    assert "Your code failed." in dialog.decode(script.asked[1])
+    assert "- input:" not in dialog.decode(script.asked[1])
+
+
+def test_random_feedback_is_that_of_another_problem(dialog: Dialog, executor: Executor) -> None:
+    other = Problem(
+        id="other",
+        statement="Print the number.",
+        public_tests=(Test("7\n", "7\n"),),
+        private_tests=(Test("8\n", "8\n"),),
+        time_limit_s=2.0,
+        memory_limit_bytes=1 << 28,
+        source="test",
+    )
+    lines = [PLUS_TWO, DOUBLE], [DOUBLE, PLUS_TWO]
+    collection, script = run(
+        dialog, executor, *lines, feedback="random", problems=[problem(), other], turns=2
+    )
+    assert "- input:\n7\nexpected output:\n7\nyour output:\n14" in dialog.decode(script.asked[2])
+    assert "- input:\n0\nexpected output:\n0\nyour output:\n2" in dialog.decode(script.asked[3])
+    assert [episode.solved for episode in collection.episodes] == [True, False]
+
+
+def test_random_feedback_without_another_failure_tells_only_the_failure(
+    dialog: Dialog, executor: Executor
+) -> None:
+    _, script = run(dialog, executor, [PLUS_TWO, DOUBLE], feedback="random")
+    assert "- input:" not in dialog.decode(script.asked[1])
+
+
+def test_tests_run_counts_the_private_ones_up_to_the_first_failure(
+    dialog: Dialog, executor: Executor
+) -> None:
+    assert run(dialog, executor, [DOUBLE])[0].tests_run == 2 + 2
+    assert run(dialog, executor, [SQUARE])[0].tests_run == 2 + 1
+    assert run(dialog, executor, ["no idea"], turns=1)[0].tests_run == 0
+
+
+def test_the_problems_limits_hold_and_the_wall_clock_is_the_looser_one() -> None:
+    limits = limits_of(problem())
+    assert limits.cpu_s == 2.0
+    assert limits.wall_s == 6.0
+    assert limits.memory_bytes == 1 << 28
+
+
+def test_a_fault_of_the_sandbox_is_raised_and_not_scored(dialog: Dialog) -> None:
+    closed = Executor(workers=1)
+    closed.close()
+    with pytest.raises(SandboxFault):
+        run(dialog, closed, [DOUBLE])

@@ -1,0 +1,168 @@
+"""Runs of seconds, and the processes that make them, watched so that none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rlef.config import Config, load_config
+
+ROOT = Path(__file__).parent.parent
+_PR_SET_CHILD_SUBREAPER = 36
+
+# An epsilon this large makes AdamW move a weight by about its gradient, so that what differs by rounding in the
+# gradient differs by rounding in the weight; a small one would move it by the sign of the rounding alone.
+SETTINGS = """
+[run]
+name = "small"
+steps = 2
+
+[problems]
+train_size = 32
+eval_size = 2
+
+[rollout]
+episodes_per_step = 8
+turns = 2
+max_prompt_tokens = 64
+max_feedback_tokens = 112
+max_test_characters = 80
+max_response_tokens = 40
+slots = 8
+
+[executor]
+workers = 1
+
+[ppo]
+updates_per_step = 2
+
+[optimizer]
+lr = 0.3
+value_lr = 0.3
+eps = 1.0
+warmup_updates = 2
+weight_decay = 0.0
+
+[evaluation]
+rollouts_per_problem = 1
+bootstrap_samples = 2
+"""
+
+
+def run_file(folder: Path) -> Path:
+    """The settings of a small run, which writes into `folder`."""
+    path = folder / "small.toml"
+    path.write_text(SETTINGS.replace("[run]", f'[run]\noutput_dir = "{folder}"'), encoding="utf-8")
+    return path
+
+
+def small_config(folder: Path, *overrides: str) -> Config:
+    return load_config(run_file(folder), overrides)
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Whole lines only: the last one may be under way."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+class Command:
+    """A command in a session of its own, as a terminal starts it."""
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        self._log = log
+        without_job = {
+            name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
+        }
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env=without_job | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def wait(self, timeout_s: float = 300.0) -> int:
+        return self.process.wait(timeout_s)
+
+    def wait_until_step(self, step: int, folder: Path, timeout_s: float = 300.0) -> None:
+        """Until the run in `folder` has logged this step; it must still be running then."""
+        deadline = time.monotonic() + timeout_s
+        while not any(line["step"] >= step for line in read_lines(folder / "metrics.jsonl")):
+            assert self.process.poll() is None, f"ended before step {step}:\n{self.output[-4000:]}"
+            assert time.monotonic() < deadline, f"has not reached step {step}:\n{self.output[-4000:]}"
+            time.sleep(0.005)
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in their order."""
+        spawned = [pid for pid in children(self.process.pid) if b"spawn_main" in _command_line(pid)]
+        return sorted(spawned)
+
+    def press_ctrl_c(self) -> None:
+        os.killpg(self.process.pid, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def nothing_left_behind(grace_s: float = 10.0) -> Iterator[None]:
+    """What is started inside must have ended, down to the last descendant, when the inside ends.
+
+    Orphans, whatever session or namespace they moved to, become children of this process meanwhile.
+    """
+    before = set(children(os.getpid()))
+    _adopt_orphans(True)
+    try:
+        yield
+        deadline = time.monotonic() + grace_s
+        while left := _living(set(children(os.getpid())) - before):
+            assert time.monotonic() < deadline, f"left behind: {[_command_line(pid) for pid in left]}"
+            time.sleep(0.02)
+    finally:
+        for pid in _living(set(children(os.getpid())) - before):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        _adopt_orphans(False)
+
+
+def children(parent: int) -> list[int]:
+    """Process ids, from /proc."""
+    found: list[int] = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int(status.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(status.parent.name))
+    return found
+
+
+def _living(pids: set[int]) -> set[int]:
+    """Those that have not ended; the ended ones are reaped."""
+    living: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                living.add(pid)
+    return living
+
+
+def _command_line(pid: int) -> bytes:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def _adopt_orphans(adopt: bool) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0)

@@ -1,0 +1,224 @@
+"""Settings: the paper's constants, and what a user can get wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rlef.config import (
+    Config,
+    ConfigError,
+    RolloutConfig,
+    check_context,
+    describe_arithmetic,
+    load_config,
+    longest_dialog,
+)
+
+ROOT = Path(__file__).parents[1]
+
+# RLEF, sections 2 and 3 and the appendix on training; what it leaves open is our choice.
+PAPER = {
+    "rollout.episodes_per_step": 1024,
+    "rollout.turns": 3,
+    "rollout.feedback": "true",
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.max_prompt_tokens": 2048,
+    "rollout.max_feedback_tokens": 1024,
+    "rollout.max_test_characters": 512,
+    "executor.default_time_limit_s": 10.0,
+    "executor.default_memory_limit_bytes": 1_000_000_000,
+    "rewards.solved": 1.0,
+    "rewards.failed": -1.0,
+    "rewards.no_code": -0.2,
+    "rewards.kl_coef": 0.05,
+    "ppo.updates_per_step": 4,
+    "ppo.value_level": "turn",
+    "ppo.clip_ratio": 0.2,
+    "ppo.value_clip": 0.2,
+    "ppo.behaviour_correction": True,
+    "ppo.normalise_advantages": True,
+    "ppo.entropy_coef": 0.0,
+    "ppo.value_warmup_steps": 0,
+    "optimizer.lr": 2e-7,
+    "optimizer.value_lr": 2e-7,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.warmup_updates": 50,
+    "optimizer.clip_grad": 1.0,
+    "evaluation.temperature": 0.2,
+    "evaluation.top_p": 0.95,
+    "evaluation.rollouts_per_problem": 20,
+    "evaluation.bootstrap_samples": 200,
+}
+
+
+def load(tmp_path: Path, text: str = "", *overrides: str) -> Config:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def error_of(tmp_path: Path, text: str = "", *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(("setting", "constant"), PAPER.items(), ids=PAPER)
+def test_a_default_is_the_papers(setting: str, constant: object) -> None:
+    section, key = setting.split(".")
+    default = getattr(getattr(Config(), section), key)
+    assert (default, type(default)) == (constant, type(constant))
+
+
+def test_the_paper_makes_12000_updates() -> None:
+    config = Config()
+    assert config.run.steps * config.ppo.updates_per_step == 12_000
+
+
+def test_a_file_overrides_defaults_and_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    text = "[run]\nseed = 2\nsteps = 5\n"
+    config = load(tmp_path, text, "run.seed=3", "rollout.turns=1", "run.seed=4")
+    assert (config.run.seed, config.run.steps, config.rollout.turns) == (4, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optimizer.lr=1e-3", "optimizer", "lr", 0.001),
+        ("optimizer.lr=1", "optimizer", "lr", 1.0),
+        ("ppo.normalise_advantages=false", "ppo", "normalise_advantages", False),
+        ("run.name=first", "run", "name", "first"),
+        ('run.name="7"', "run", "name", "7"),
+        ("model.path=/models/a=b", "model", "path", "/models/a=b"),
+        ('executor.allow_missing=["landlock"]', "executor", "allow_missing", ("landlock",)),
+    ],
+)
+def test_an_override_is_a_toml_value_or_a_bare_word(
+    tmp_path: Path, override: str, section: str, key: str, value: object
+) -> None:
+    assert getattr(getattr(load(tmp_path, "", override), section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.seed", "override 'run.seed' is not of the form section.key=value, such as run.seed=2"),
+        ("seed=2", "override 'seed=2' is not of the form section.key=value"),
+        ("run.seed=", "run.seed = '': Input should be a valid integer"),
+        ("rollout.turn=2", "unknown setting 'rollout.turn'; did you mean 'turns'?"),
+        ("rolout.turns=2", "unknown setting 'rolout'; did you mean 'rollout'?"),
+        ("checkpoint.zzz=2", "unknown setting 'checkpoint.zzz'; known keys: every_steps, keep"),
+        ("rollout.turns=0", "rollout.turns = 0: Input should be greater than or equal to 1"),
+        ("rollout.turns=two", "rollout.turns = 'two': Input should be a valid integer"),
+        ('rollout.turns="2"', "rollout.turns = '2': Input should be a valid integer"),
+        ("rollout.turns=true", "rollout.turns = True: Input should be a valid integer"),
+        ("rollout.turns=2.5", "rollout.turns = 2.5: Input should be a valid integer"),
+        ("rollout.top_p=1.5", "rollout.top_p = 1.5: Input should be less than or equal to 1"),
+        ("optimizer.lr=nan", "optimizer.lr = nan: Input should be a finite number"),
+        ("rewards.failed=-inf", "rewards.failed = -inf: Input should be a finite number"),
+        ("rollout.feedback=some", "rollout.feedback = 'some': Input should be 'true', 'none' or 'random'"),
+        ("run.name=../other", "run.name = '../other': String should match pattern"),
+        ("run.name=", "run.name = '': String should match pattern"),
+    ],
+)
+def test_a_wrong_override_is_named_with_its_mend(tmp_path: Path, override: str, message: str) -> None:
+    assert error_of(tmp_path, "", override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run = 3", "run = 3: Input should be a valid dictionary"),
+        ("[run]\nsede = 1", "unknown setting 'run.sede'; did you mean 'seed'?"),
+        ("[run\n", "run.toml is not TOML: "),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_mend(tmp_path: Path, text: str, message: str) -> None:
+    assert message in error_of(tmp_path, text)
+
+
+def test_an_override_of_a_value_that_is_no_section_is_refused(tmp_path: Path) -> None:
+    assert error_of(tmp_path, "run = 3", "run.seed=1") == "override 'run.seed=1': 'run' is not a section"
+
+
+def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no run file '.*absent\.toml'; configs/ has examples"):
+        load_config(tmp_path / "absent.toml")
+
+
+def test_a_folder_is_no_run_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_settings_do_not_change(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.run.seed = 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("rollout.episodes_per_step=10", "ppo.updates_per_step=4"),
+            "rollout.episodes_per_step = 10 is not a multiple of ppo.updates_per_step = 4; use 8",
+        ),
+        (
+            ("rollout.episodes_per_step=2", "ppo.updates_per_step=4"),
+            "rollout.episodes_per_step = 2 is not a multiple of ppo.updates_per_step = 4; use 4",
+        ),
+        (
+            ("parallel.processes=3", "parallel.tensor=2"),
+            "parallel.processes = 3 is not a multiple of parallel.tensor x parallel.pipeline = 2; use 2",
+        ),
+        (
+            ("rollout.episodes_per_step=4", "ppo.updates_per_step=2", "parallel.processes=3"),
+            "rollout.episodes_per_step / ppo.updates_per_step = 2 sequences an update cannot be shared by "
+            "3 data-parallel ranks; raise rollout.episodes_per_step",
+        ),
+    ],
+)
+def test_numbers_that_do_not_fit_are_both_named(
+    tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    assert error_of(tmp_path, "", *overrides) == message
+
+
+def test_the_longest_dialog_counts_a_closing_token_before_each_feedback() -> None:
+    rollout = RolloutConfig(max_prompt_tokens=10, turns=3, max_response_tokens=5, max_feedback_tokens=7)
+    assert longest_dialog(rollout) == 10 + 3 * 5 + 2 * (7 + 1)
+
+
+def test_a_context_of_exactly_the_longest_dialog_is_enough() -> None:
+    rollout = RolloutConfig(max_prompt_tokens=10, turns=3, max_response_tokens=5, max_feedback_tokens=7)
+    check_context(rollout, 41)
+    with pytest.raises(ConfigError, match=r"can grow to 41 tokens .* context holds 40; lower one of them"):
+        check_context(rollout, 40)
+
+
+def test_the_batch_arithmetic_is_described(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "",
+        *("run.steps=10", "rollout.episodes_per_step=24", "ppo.updates_per_step=2"),
+        *("parallel.processes=6", "parallel.tensor=2"),
+    )
+    arithmetic = describe_arithmetic(config)
+    assert arithmetic["data-parallel replicas"] == 3
+    assert arithmetic["episodes sampled by each process (at most)"] == 4
+    assert arithmetic["sequences an update"] == 12
+    assert arithmetic["sequences an update and replica (at most)"] == 4
+    assert arithmetic["updates in all"] == 20
+    assert arithmetic["episodes in all"] == 240
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_run_file_loads(path: Path) -> None:
+    assert describe_arithmetic(load_config(path))["updates in all"] >= 1

@@ -287,7 +287,8 @@ Isolation isolate(const FileView& view) {
     isolation.errors[static_cast<unsigned>(Layer::Landlock)] = restrict_files(view);
     if (has_capability(CAP_SETPCAP)) empty_bounding_set();
     std::uint64_t kept = isolation.pid_namespace ? bit(CAP_SYS_ADMIN) : 0;
-    if (isolation.change_user) kept |= bit(CAP_SETUID) | bit(CAP_SETGID);
+    // CAP_KILL: without it the kernel would not let this process's death reach children of another user.
+    if (isolation.change_user) kept |= bit(CAP_SETUID) | bit(CAP_SETGID) | bit(CAP_KILL);
     keep_capabilities(kept);
     return isolation;
 }

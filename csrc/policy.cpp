@@ -79,7 +79,7 @@ constexpr std::uint32_t kHostile[] = {
     // the outside world
     SYS_accept, SYS_accept4, SYS_bind, SYS_connect, SYS_listen,
     // file systems and namespaces
-    SYS_chroot, SYS_fsmount, SYS_fsopen, SYS_mknodat, SYS_mount, SYS_mount_setattr, SYS_move_mount,
+    SYS_chroot, SYS_fsmount, SYS_fsopen, SYS_mount, SYS_mount_setattr, SYS_move_mount,
     SYS_name_to_handle_at, SYS_open_by_handle_at, SYS_open_tree, SYS_pivot_root, SYS_quotactl, SYS_setns,
     SYS_swapoff, SYS_swapon, SYS_umount2, SYS_unshare,
     // the kernel itself
@@ -88,7 +88,7 @@ constexpr std::uint32_t kHostile[] = {
     SYS_kexec_load, SYS_keyctl, SYS_perf_event_open, SYS_personality, SYS_reboot, SYS_request_key, SYS_setdomainname,
     SYS_sethostname, SYS_settimeofday, SYS_syslog, SYS_userfaultfd, SYS_vhangup,
 #if defined(__x86_64__)
-    SYS_ioperm, SYS_iopl, SYS_kexec_file_load, SYS_mknod, SYS_modify_ldt,
+    SYS_ioperm, SYS_iopl, SYS_kexec_file_load, SYS_modify_ldt,
 #endif
 };
 

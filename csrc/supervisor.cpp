@@ -248,8 +248,8 @@ std::uint64_t Supervisor::restarts() {
 
 void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
     const Lock lock(mutex_);
-    if (closing_) batch->fault = "the executor is closed";
     if (!fault_.empty()) batch->fault = fault_;
+    if (closing_) batch->fault = "the executor is closed";
     if (!batch->fault.empty()) return;
     for (std::size_t i = 0; i < batch->jobs.size(); ++i) {
         if (batch->jobs[i].tests.empty()) {

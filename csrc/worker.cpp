@@ -32,7 +32,7 @@ constexpr rlim_t kCompileSeconds = 20;
 constexpr std::size_t kThreadStack = 8 << 20;
 // Stacks of threads are reserved, not used: programs that ask for a large one must get it. What is really used
 // counts against the memory limit.
-constexpr std::int64_t kStackRoom = std::int64_t{1} << 30;
+constexpr std::int64_t kStackRoom = std::int64_t{640} << 20;
 constexpr int kSetupFailed = 250;  // exit status of a test process that could not be isolated
 
 [[noreturn]] void fail(const char* step) { throw std::system_error(errno, std::generic_category(), step); }
@@ -121,8 +121,8 @@ void isolate_test(const std::vector<UniqueFd>& streams, const Limits& limits, pi
 
 // ---- solution process
 
-/// Waits for the test to end, and ends it when one of its clocks runs out.
-Report::Stopped watch(pid_t test, const Limits& limits, std::int64_t started) {
+/// Waits for the test to end, and ends it when one of its clocks runs out or the supervisor is gone.
+Report::Stopped watch(int socket, pid_t test, const Limits& limits, std::int64_t started) {
     const UniqueFd handle(static_cast<int>(::syscall(SYS_pidfd_open, test, 0)));
     must(static_cast<bool>(handle), "pidfd_open");
     clockid_t cpu_clock;
@@ -132,10 +132,11 @@ Report::Stopped watch(pid_t test, const Limits& limits, std::int64_t started) {
     while (true) {
         const auto sleep = std::max(std::min(cpu_left, wall_left), kShortestSleep);
         const timespec timeout{sleep / kSecond, sleep % kSecond};
-        pollfd ended{handle.get(), POLLIN, 0};
-        const int ready = ::ppoll(&ended, 1, &timeout, nullptr);
+        pollfd events[] = {{handle.get(), POLLIN, 0}, {socket, 0, 0}};  // the second for its end only
+        const int ready = ::ppoll(events, 2, &timeout, nullptr);
+        must(ready >= 0 || errno == EINTR, "ppoll");
+        if (ready > 0 && events[1].revents) ::_exit(0);  // the test dies with this process
         if (ready > 0) return Report::Stopped::No;
-        must(ready == 0 || errno == EINTR, "ppoll");
         cpu_left = limits.cpu_ns - read_clock(cpu_clock);
         wall_left = limits.wall_ns - (read_clock(CLOCK_MONOTONIC) - started);
         if (cpu_left <= 0 || wall_left <= 0) {
@@ -158,7 +159,7 @@ Report run_test(const Worker& worker, const std::vector<UniqueFd>& streams, cons
 
     Report report{};
     report.kind = Report::Kind::Finished;
-    report.stopped = watch(test, limits, started);
+    report.stopped = watch(worker.socket, test, limits, started);
     rusage usage{};
     must(::wait4(test, &report.wait_status, 0, &usage) == test, "wait4");
     if (WIFEXITED(report.wait_status) && WEXITSTATUS(report.wait_status) == kSetupFailed) {

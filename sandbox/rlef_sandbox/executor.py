@@ -61,6 +61,10 @@ class Executor:
         outcomes = self._supervisor.run(jobs, self._limits)
         return [[_result(*outcome) for outcome in of_job] for of_job in outcomes]
 
+    def worker_pids(self) -> list[int]:
+        """The worker processes that live now."""
+        return self._supervisor.worker_pids()
+
     def close(self) -> None:
         """End the workers and all that they run. Calls under way raise SandboxFault."""
         self._supervisor.close()

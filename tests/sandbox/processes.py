@@ -1,0 +1,53 @@
+"""Looking at processes from outside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def wait_until(condition: Callable[[], bool], patience_s: float = 10.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of the children of `pid`, and of theirs."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    found, added = set(), {pid}
+    while added:
+        added = {child for child, parent in parents.items() if parent in added} - found
+        found |= added
+    return sorted(found)
+
+
+def memory_of(pid: int) -> bytes:
+    image = b""
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb") as memory:
+        for line in maps:
+            fields = line.split()
+            if "w" in fields[1] and "[v" not in line:
+                begin, end = (int(address, 16) for address in fields[0].split("-"))
+                memory.seek(begin)
+                try:
+                    image += memory.read(end - begin)
+                except OSError:
+                    continue
+    return image
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,235 @@
+"""The life of an executor: sharing, waiting, dying, and bad arguments."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from rlef_sandbox import Executor, Job, Limits, SandboxFault, Test, Verdict
+from tests.sandbox.processes import descendants, is_alive, wait_until
+
+ECHO = "print(input())"
+
+
+def test_results_come_in_the_order_of_jobs_and_tests():
+    jobs = [Job(f"print(input(), {i})", [Test(str(t), f"{t} {i}") for t in range(3)]) for i in range(10)]
+    with Executor(workers=2) as pair:
+        results = pair.run_many(jobs)
+
+    assert [[result.stdout for result in of_job] for of_job in results] == [
+        [f"{t} {i}\n" for t in range(3)] for i in range(10)
+    ]
+
+
+def test_job_brings_its_own_limits_judge_and_stop(executor: Executor):
+    loop = Job("while True: pass", [Test("", "")] * 2, limits=Limits(cpu_s=0.1), stop_at_first_failure=True)
+    lines = [Test("", "1\n2")]
+
+    results = executor.run_many([loop, Job("print(1, 2)", lines), Job("print(1, 2)", lines, judge="exact")])
+
+    assert [[result.verdict.value for result in of_job] for of_job in results] == [
+        ["timeout", "skipped"],
+        ["passed"],
+        ["wrong_output"],
+    ]
+
+
+def test_nothing_to_do_is_done_at_once(executor: Executor):
+    assert executor.run_many([]) == []
+    assert executor.run_many([Job(ECHO, []), Job(ECHO, [Test("1", "1")])])[0] == []
+
+
+def test_default_limits_are_the_executors():
+    with Executor(workers=1, limits=Limits(cpu_s=0.1)) as strict:
+        assert strict.run("while True: pass", [Test("", "")])[0].verdict is Verdict.TIMEOUT
+
+
+def test_threads_share_an_executor(executor: Executor):
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda i: executor.run(ECHO, [Test(str(i), str(i))])[0], range(40)))
+
+    assert [result.stdout for result in results] == [f"{i}\n" for i in range(40)]
+    assert {result.verdict for result in results} == {Verdict.PASSED}
+
+
+def test_interpreter_is_free_while_an_executor_waits(executor: Executor):
+    waiting = threading.Thread(target=executor.run, args=("import time; time.sleep(0.5)", [Test("", "")]))
+    waiting.start()
+    counted = 0
+    while waiting.is_alive():
+        counted += 1
+
+    assert counted > 10_000  # a held lock lets the other thread run some ten times
+
+
+def test_programs_run_side_by_side():
+    sleep = Job("import time; time.sleep(0.4)", [Test("", "")])
+    with Executor(workers=4) as four:
+        started = time.monotonic()
+        four.run_many([sleep] * 4)
+
+        assert time.monotonic() - started < 1.2
+
+
+def test_interrupt_ends_the_wait_and_the_program(executor: Executor):
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    started = time.monotonic()
+
+    with pytest.raises(KeyboardInterrupt):
+        executor.run("while True: pass", [Test("", "")], limits=Limits(cpu_s=60))
+
+    assert time.monotonic() - started < 1.0
+    assert executor.run(ECHO, [Test("1", "1")])[0].verdict is Verdict.PASSED
+
+
+def test_worker_that_dies_is_replaced_and_its_program_runs_again():
+    with Executor(workers=1) as single:
+        [worker] = single.worker_pids()
+        killer = threading.Timer(0.2, os.kill, (worker, signal.SIGKILL))
+        killer.start()
+        results = single.run("import time; time.sleep(0.4); print(input())", [Test("1", "1"), Test("2", "2")])
+
+        assert [result.verdict for result in results] == [Verdict.PASSED, Verdict.PASSED]
+        assert single.worker_pids() != [worker]
+
+
+def test_worker_that_dies_again_and_again_is_our_fault_and_not_the_programs():
+    with Executor(workers=1) as single:
+        done = threading.Event()
+
+        def kill_every_worker() -> None:
+            while not done.is_set():
+                for worker in single.worker_pids():
+                    if len(descendants(worker)) == 2:  # it runs a test
+                        os.kill(worker, signal.SIGKILL)
+                time.sleep(0.02)
+
+        killer = threading.Thread(target=kill_every_worker)
+        killer.start()
+        try:
+            with pytest.raises(SandboxFault, match=r"an executor worker failed: .* \(3 attempts\)"):
+                single.run("import time; time.sleep(5)", [Test("", "")])
+        finally:
+            done.set()
+            killer.join()
+
+        assert single.run(ECHO, [Test("1", "1")])[0].verdict is Verdict.PASSED
+
+
+def test_closing_ends_every_process_and_the_calls_under_way():
+    single = Executor(workers=1)
+    [worker] = single.worker_pids()
+    faults = []
+
+    def wait() -> None:
+        with pytest.raises(SandboxFault) as caught:
+            single.run("while True: pass", [Test("", "")])
+        faults.append(str(caught.value))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    wait_until(lambda: len(descendants(worker)) == 2)
+    family = [worker, *descendants(worker)]
+    single.close()
+    waiting.join()
+
+    assert faults == ["the executor was closed"]
+    wait_until(lambda: not any(is_alive(pid) for pid in family))
+
+
+def test_closed_executor_says_so(executor: Executor):
+    single = Executor(workers=1)
+    single.close()
+    single.close()
+
+    with pytest.raises(SandboxFault, match="the executor is closed"):
+        single.run(ECHO, [Test("1", "1")])
+
+
+CALLER = """
+import os, sys, threading
+from rlef_sandbox import Executor, Test
+executor = Executor(workers=2)
+for _ in range(2):
+    threading.Thread(target=executor.run, args=("while True: pass", [Test("", "")]), daemon=True).start()
+print(*executor.worker_pids(), flush=True)
+sys.stdin.readline()
+{ending}
+"""
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["os.kill(os.getpid(), 9)", "os._exit(1)", "sys.exit()", "os.abort()", "raise KeyboardInterrupt"],
+)
+def test_no_process_outlives_the_caller(ending):
+    caller = subprocess.Popen(
+        [sys.executable, "-c", CALLER.format(ending=ending)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert caller.stdout is not None
+    workers = [int(pid) for pid in caller.stdout.readline().split()]
+    wait_until(lambda: all(len(descendants(worker)) == 2 for worker in workers))
+    family = [*workers, *(pid for worker in workers for pid in descendants(worker))]
+    assert len(family) == 6
+
+    caller.communicate("go\n", timeout=20)
+
+    wait_until(lambda: not any(is_alive(pid) for pid in family))
+
+
+def test_fork_of_the_caller_is_told_to_make_its_own(executor: Executor):
+    program = (
+        "import os\nfrom rlef_sandbox import Executor, SandboxFault, Test\nexecutor = Executor(workers=1)\n"
+        "if os.fork() == 0:\n    try:\n        executor.run('', [Test('', '')])\n"
+        "    except SandboxFault as fault:\n        print(fault, flush=True)\n        os._exit(0)\n"
+        "os.wait()\nprint(executor.run('', [Test('', '')])[0].verdict.value)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+
+    assert done.stdout == "this executor belongs to the process before the fork: make one here\npassed\n"
+
+
+def test_no_descriptor_is_left_open():
+    with Executor(workers=2) as pair:
+        pair.run(ECHO, [Test("1", "1")] * 3)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            pair.run_many([Job(ECHO, [Test("1", "1")] * 5), Job("(", [Test("", "")]), Job("1/0", [Test("", "")])])
+
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("workers", [0, -1, 1.5, True, "2", 2000])
+def test_number_of_workers_must_be_sensible(workers):
+    with pytest.raises(ValueError, match=r"workers is .*: give a whole number from 1 to 1024"):
+        Executor(workers=workers)
+
+
+def test_unknown_layer_is_named():
+    with pytest.raises(ValueError, match="allow_missing names 'seccomp': the layers are unprivileged_user, "):
+        Executor(workers=1, allow_missing={"seccomp"})
+
+
+def test_unknown_judge_is_named(executor: Executor):
+    with pytest.raises(ValueError, match="judge is 'fuzzy': give 'code_contests' or 'exact'"):
+        executor.run(ECHO, [Test("", "")], judge="fuzzy")  # type: ignore[arg-type]
+
+
+def test_interpreter_that_cannot_be_started_is_a_fault(monkeypatch):
+    monkeypatch.setattr(sys, "_base_executable", "/nowhere/python")
+
+    with pytest.raises(SandboxFault, match="start /nowhere/python: No such file or directory"):
+        Executor(workers=1)

@@ -2,10 +2,10 @@
 
     python bench/megatron_policy.py
 
-The pack is what the smallest run trains on: sequences of 60 to 200 tokens, half of each a response. The networks
-take turns in one process and one thread, and CPU time is counted, because machines are shared. The last line is
-JSON: the median over the rounds of each time in seconds and of the ratio within a round, with the smallest and
-the largest ratio.
+The pack is what the smallest run trains on: sequences of 60 to 200 tokens, half of each a response. Both
+networks take turns in one process and one thread, and CPU time is counted, since machines are shared. The last
+line is JSON: the median over the rounds of each time in seconds, and of the ratio within a round, with its
+smallest and largest.
 """
 
 from __future__ import annotations

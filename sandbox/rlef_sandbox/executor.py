@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
@@ -34,6 +35,11 @@ class Executor:
         self._limits = limits or Limits()
         self._owner = os.getpid()
         self._supervisor = start_workers(workers, allow_missing=allow_missing)
+        try:
+            self._try_out()
+        except BaseException:
+            self.close()
+            raise
 
     def run(
         self,
@@ -61,6 +67,16 @@ class Executor:
         outcomes = self._supervisor.run(jobs, self._limits)
         return [[_result(*outcome) for outcome in of_job] for of_job in outcomes]
 
+    def _try_out(self) -> None:
+        """An honest program must run, libraries included, before any verdict of this machine counts."""
+        [result] = self.run(_HONEST_PROGRAM, [Test("7", "7")], limits=Limits())
+        if result.verdict is not Verdict.PASSED:
+            said = result.stderr.strip().rpartition("\n")[2] or f"signal {result.signal}"
+            raise SandboxFault(
+                f"honest programs fail in this sandbox ({result.verdict.value}: {said}): can every user read "
+                f"{sys.base_prefix}?"
+            )
+
     def worker_pids(self) -> list[int]:
         """The worker processes that live now."""
         return self._supervisor.worker_pids()
@@ -82,6 +98,7 @@ class Executor:
 
 
 _MOST_WORKERS = 1024
+_HONEST_PROGRAM = "import decimal, json\nprint(decimal.Decimal(input()))"
 
 
 def _result(

@@ -3,7 +3,7 @@
     python bench/megatron_policy.py
 
 The pack is what the smallest run trains on: sequences of 60 to 200 tokens, half of each a response. Both
-networks take turns in one process and one thread, and CPU time is counted, since machines are shared. The last
+networks take turns in one process and one thread, and CPU time is counted, as machines are shared. The last
 line is JSON: the median over the rounds of each time in seconds, and of the ratio within a round, with its
 smallest and largest.
 """

@@ -142,7 +142,9 @@ def test_a_command_that_is_shown_can_be_given(
     if words[0] == "make":
         assert_makefile_knows(words[1:])
     elif "rlef" in words:
-        assert_rlef_understands(words[words.index("rlef") + 1 :])
+        start = words.index("rlef") + 1
+        processes = words[words.index("--nproc-per-node") + 1] if words[0] == "torchrun" else None
+        assert_rlef_understands(words[start:], processes=processes)
     else:
         paths = [word for word in words if "/" in word and not word.startswith(".venv")]
         assert all((ROOT / path).exists() for path in paths), paths
@@ -156,12 +158,14 @@ def assert_makefile_knows(words: Sequence[str]) -> None:
         assert re.search(pattern, makefile, flags=re.MULTILINE), word
 
 
-def assert_rlef_understands(words: Sequence[str]) -> None:
+def assert_rlef_understands(words: Sequence[str], *, processes: str | None) -> None:
+    """With `processes`, as under a torchrun that starts so many."""
     assert isinstance(main, click.Group)
     command = main.commands[words[0]]
     parameters = command.make_context(words[0], list(words[1:])).params
     if "config_file" in parameters:
-        load_config(parameters["config_file"], parameters["overrides"])
+        of_torchrun = [f"parallel.processes={processes}"] if processes else []
+        load_config(parameters["config_file"], [*parameters["overrides"], *of_torchrun])
 
 
 def test_every_command_is_shown_in_the_readme() -> None:

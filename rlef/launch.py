@@ -17,6 +17,9 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+# glibc would give the pages of each large tensor back and fault them in again for the next one. Keeping them
+# saves about a tenth of the CPU time of an update, and costs the peak of memory while the process lives.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 _GRACE_S = 60.0  # for the other ranks to save and leave after an interrupt
 
 
@@ -29,6 +32,8 @@ def run_processes(
 ) -> int:
     """Run `target(*arguments)` in `processes` processes; the first non-zero exit status, or 0."""
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before the children import torch
+    for name, value in _KEEP_FREED_MEMORY.items():
+        os.environ.setdefault(name, value)
     if processes == 1:
         return target(*arguments)
     context = multiprocessing.get_context("spawn")

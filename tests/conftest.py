@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=256,
+        max_position_embeddings=512,
         rope_theta=10000.0,
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
@@ -45,16 +44,3 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert pad_token_id is not None
     write_pretrained(folder, shape, model.state_dict(), end_token_id=end_token_id, pad_token_id=pad_token_id)
     return folder
-
-
-@pytest.fixture
-def job() -> Iterator[None]:
-    """Let this process be a job of its own: afterwards it can be another one."""
-    import torch.distributed
-
-    from rlef import megatron_policy
-
-    yield
-    megatron_policy.mpu.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -18,8 +18,8 @@ from rlef.config import Config, load_config
 ROOT = Path(__file__).parent.parent
 _PR_SET_CHILD_SUBREAPER = 36
 
-# An epsilon this large makes AdamW move a weight by about its gradient, so that what differs by rounding in the
-# gradient differs by rounding in the weight; a small one would move it by the sign of the rounding alone.
+# An epsilon this large makes AdamW move a weight by about its gradient, so that what differs by rounding in
+# the gradient differs by rounding in the weight; a small one moves it by the sign of the rounding alone.
 SETTINGS = """
 [run]
 name = "small"
@@ -66,6 +66,19 @@ def run_file(folder: Path) -> Path:
 
 def small_config(folder: Path, *overrides: str) -> Config:
     return load_config(run_file(folder), overrides)
+
+
+@contextlib.contextmanager
+def one_process_job() -> Iterator[None]:
+    """This process may be a job inside, and another one afterwards."""
+    import torch.distributed
+
+    from rlef import megatron_policy
+
+    yield
+    megatron_policy.mpu.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:

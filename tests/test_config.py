@@ -180,8 +180,8 @@ def test_settings_do_not_change(tmp_path: Path) -> None:
         ),
         (
             ("rollout.episodes_per_step=4", "ppo.updates_per_step=2", "parallel.processes=3"),
-            "rollout.episodes_per_step / ppo.updates_per_step = 2 sequences an update cannot be shared by "
-            "3 data-parallel ranks; raise rollout.episodes_per_step",
+            "rollout.episodes_per_step / ppo.updates_per_step = 2 sequences an update cannot be shared by 3 "
+            + "data-parallel ranks; raise rollout.episodes_per_step",
         ),
     ],
 )

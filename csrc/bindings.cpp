@@ -29,7 +29,8 @@ std::string utf8(const py::handle& text) {
     const auto encoded =
         py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
     if (!encoded) throw py::error_already_set();
-    return std::string(PyBytes_AS_STRING(encoded.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr())));
+    return std::string(PyBytes_AS_STRING(encoded.ptr()),
+                       static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr())));
 }
 
 py::object decoded(const std::string& bytes) {
@@ -55,9 +56,8 @@ rlef::Limits limits_of(const py::handle& limits) {
         return static_cast<std::int64_t>(limits.attr(name).cast<double>() * 1e9);
     };
     const auto whole = [&limits](const char* name) { return limits.attr(name).cast<std::int64_t>(); };
-    return {nanoseconds("cpu_s"),  nanoseconds("wall_limit_s"), whole("memory_bytes"),
-            whole("processes"),    whole("output_bytes"),       whole("kept_output_bytes"),
-            whole("open_files")};
+    return {nanoseconds("cpu_s"),  nanoseconds("wall_limit_s"), whole("memory_bytes"), whole("processes"),
+            whole("output_bytes"), whole("kept_output_bytes"),  whole("open_files")};
 }
 
 rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
@@ -75,13 +75,14 @@ rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
 
 /// The arguments of rlef_sandbox.Result, in its order.
 py::tuple outcome_tuple(const rlef::Outcome& outcome) {
-    return py::make_tuple(kVerdictNames[static_cast<std::size_t>(outcome.verdict)], outcome.exit_code, outcome.signal,
-                          decoded(outcome.out), decoded(outcome.err), outcome.out_truncated, outcome.err_truncated,
-                          static_cast<double>(outcome.cpu_ns) / 1e9, static_cast<double>(outcome.wall_ns) / 1e9,
-                          outcome.peak_memory_bytes);
+    return py::make_tuple(kVerdictNames[static_cast<std::size_t>(outcome.verdict)], outcome.exit_code,
+                          outcome.signal, decoded(outcome.out), decoded(outcome.err), outcome.out_truncated,
+                          outcome.err_truncated, static_cast<double>(outcome.cpu_ns) / 1e9,
+                          static_cast<double>(outcome.wall_ns) / 1e9, outcome.peak_memory_bytes);
 }
 
-/// Calls `done(patience)` without the interpreter's lock until it is true. Throws what a signal handler raises.
+/// Calls `done(patience)` without the interpreter's lock until it is true. Throws what a signal handler
+/// raises.
 template <typename Done>
 void wait_interruptibly(Done done) {
     while (true) {
@@ -175,14 +176,16 @@ PYBIND11_MODULE(_core, module) {
 
     module.def("layer_names", [] { return rlef::kLayerNames; });
     module.def("worker_filter", [] { return instructions(rlef::worker_policy()); });
-    module.def("test_filter", [](int own_pid) { return instructions(rlef::test_policy(own_pid)); },
-               py::arg("own_pid"));
+    module.def(
+        "test_filter", [](int own_pid) { return instructions(rlef::test_policy(own_pid)); },
+        py::arg("own_pid"));
 
     py::class_<rlef::Supervisor>(module, "Supervisor")
-        .def(py::init([](std::vector<std::string> arguments, std::vector<std::string> environment, unsigned workers,
-                         std::uint32_t allowed_missing) {
+        .def(py::init([](std::vector<std::string> arguments, std::vector<std::string> environment,
+                         unsigned workers, std::uint32_t allowed_missing) {
                  return std::make_unique<rlef::Supervisor>(
-                     rlef::WorkerCommand{std::move(arguments), std::move(environment)}, workers, allowed_missing);
+                     rlef::WorkerCommand{std::move(arguments), std::move(environment)}, workers,
+                     allowed_missing);
              }),
              py::arg("arguments"), py::arg("environment"), py::arg("workers"), py::arg("allowed_missing"))
         .def("wait_until_ready",

@@ -16,7 +16,9 @@ using Code = std::vector<sock_filter>;
 
 constexpr std::size_t kFarthestJump = 255;  // jump distances of a conditional jump are 8 bits wide
 
-sock_filter statement(unsigned code, std::uint32_t k) { return BPF_STMT(static_cast<std::uint16_t>(code), k); }
+sock_filter statement(unsigned code, std::uint32_t k) {
+    return BPF_STMT(static_cast<std::uint16_t>(code), k);
+}
 
 sock_filter jump(unsigned code, std::uint32_t k, std::size_t if_true, std::size_t if_false) {
     return BPF_JUMP(static_cast<std::uint16_t>(code), k, static_cast<std::uint8_t>(if_true),
@@ -27,7 +29,9 @@ sock_filter load(std::size_t offset) {
     return statement(BPF_LD | BPF_W | BPF_ABS, static_cast<std::uint32_t>(offset));
 }
 
-sock_filter answer(std::uint32_t action) { return statement(BPF_RET | BPF_K, action); }
+sock_filter answer(std::uint32_t action) {
+    return statement(BPF_RET | BPF_K, action);
+}
 
 std::size_t low_word(unsigned argument) {  // both supported architectures are little-endian
     return offsetof(seccomp_data, args) + argument * sizeof(std::uint64_t);
@@ -45,13 +49,14 @@ Code leaf(const Rule& rule) {
                     answer(rule.otherwise)};
         case When::HasBits:
             return {load(low), statement(BPF_ALU | BPF_AND | BPF_K, rule.value),
-                    jump(BPF_JMP | BPF_JEQ | BPF_K, rule.value, 0, 1), answer(rule.action), answer(rule.otherwise)};
+                    jump(BPF_JMP | BPF_JEQ | BPF_K, rule.value, 0, 1), answer(rule.action),
+                    answer(rule.otherwise)};
         case When::LacksBits:
             return {load(low), jump(BPF_JMP | BPF_JSET | BPF_K, rule.value, 1, 0), answer(rule.action),
                     answer(rule.otherwise)};
         case When::IsNull:
-            return {load(low),  jump(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3),
-                    load(high), jump(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1),
+            return {load(low),           jump(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3),
+                    load(high),          jump(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1),
                     answer(rule.action), answer(rule.otherwise)};
         case When::OneOf: {
             Code code{load(low)};
@@ -73,7 +78,9 @@ struct Segment {
     Rule rule;
 };
 
-bool plain(const Rule& rule, std::uint32_t action) { return rule.when == When::Always && rule.action == action; }
+bool plain(const Rule& rule, std::uint32_t action) {
+    return rule.when == When::Always && rule.action == action;
+}
 
 std::vector<Segment> segments_of(const Policy& policy) {
     auto rules = policy.rules;
@@ -133,7 +140,8 @@ std::vector<sock_filter> compile(const Policy& policy) {
 }
 
 int install(const std::vector<sock_filter>& program) {
-    const sock_fprog filter{static_cast<unsigned short>(program.size()), const_cast<sock_filter*>(program.data())};
+    const sock_fprog filter{static_cast<unsigned short>(program.size()),
+                            const_cast<sock_filter*>(program.data())};
     return ::syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filter) == 0 ? 0 : errno;
 }
 

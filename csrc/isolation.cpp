@@ -22,8 +22,8 @@
 
 namespace rlef {
 
-const std::array<const char*, kLayers> kLayerNames = {"unprivileged_user", "mount_namespace",   "pid_namespace",
-                                                      "network_namespace", "ipc_namespace",     "uts_namespace",
+const std::array<const char*, kLayers> kLayerNames = {"unprivileged_user", "mount_namespace", "pid_namespace",
+                                                      "network_namespace", "ipc_namespace",   "uts_namespace",
                                                       "landlock"};
 
 namespace {
@@ -31,13 +31,17 @@ namespace {
 constexpr uid_t kFirstOwnUser = 2'000'000'000;  // plus the pid: a user that nobody else is
 constexpr uid_t kNobody = 65534;
 
-[[noreturn]] void fail(const char* step) { throw std::system_error(errno, std::generic_category(), step); }
+[[noreturn]] void fail(const char* step) {
+    throw std::system_error(errno, std::generic_category(), step);
+}
 
 void must(bool succeeded, const char* step) {
     if (!succeeded) fail(step);
 }
 
-std::uint64_t bit(int capability) { return std::uint64_t{1} << capability; }
+std::uint64_t bit(int capability) {
+    return std::uint64_t{1} << capability;
+}
 
 bool has_capability(int capability) {
     __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
@@ -108,7 +112,8 @@ void write_file(const char* path, const std::string& text) {
     must(::write(file.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size()), path);
 }
 
-/// RLIMIT_NPROC counts per user namespace since Linux 5.14; before, an ordinary user's other processes count too.
+/// RLIMIT_NPROC counts per user namespace since Linux 5.14; before, an ordinary user's other processes count
+/// too.
 bool kernel_counts_per_namespace() {
     utsname name{};
     int major = 0, minor = 0;
@@ -125,8 +130,8 @@ void map_own_user() {
     write_file("/proc/self/gid_map", group + " " + group + " 1");
 }
 
-/// A user namespace of our own, for the right to make the other ones. Some systems grant one that is worth nothing,
-/// so a child tries first. Returns 0 or errno.
+/// A user namespace of our own, for the right to make the other ones. Some systems grant one that is worth
+/// nothing, so a child tries first. Returns 0 or errno.
 int enter_user_namespace(Isolation& isolation) {
     const int error = try_in_child([] {
         map_own_user();
@@ -153,11 +158,14 @@ constexpr unsigned kFromDescriptor = 0x4;  // MOVE_MOUNT_F_EMPTY_PATH
 
 void make_read_only(int folder, const char* path, unsigned flags) {
     const MountAttributes attributes{kReadOnly, 0, 0, 0};
-    must(::syscall(SYS_mount_setattr, folder, path, flags, &attributes, sizeof attributes) == 0, "mount_setattr");
+    must(::syscall(SYS_mount_setattr, folder, path, flags, &attributes, sizeof attributes) == 0,
+         "mount_setattr");
 }
 
 /// "/usr/lib" -> "usr/lib", below the current folder.
-const char* relative(const std::string& path) { return path.c_str() + 1; }
+const char* relative(const std::string& path) {
+    return path.c_str() + 1;
+}
 
 void make_place(const std::string& path, bool is_folder) {
     for (auto slash = path.find('/', 1); slash != std::string::npos; slash = path.find('/', slash + 1)) {
@@ -166,7 +174,8 @@ void make_place(const std::string& path, bool is_folder) {
     if (is_folder) {
         must(::mkdir(relative(path), 0755) == 0 || errno == EEXIST, "mkdir");
     } else {
-        must(static_cast<bool>(UniqueFd(::open(relative(path), O_WRONLY | O_CREAT | O_CLOEXEC, 0644))), "open");
+        must(static_cast<bool>(UniqueFd(::open(relative(path), O_WRONLY | O_CREAT | O_CLOEXEC, 0644))),
+             "open");
     }
 }
 
@@ -188,10 +197,12 @@ void replace_root(const FileView& view) {
         struct stat facts{};
         must(::fstat(trees[i].get(), &facts) == 0, "fstat");
         make_place(path, S_ISDIR(facts.st_mode));
-        must(::syscall(SYS_move_mount, trees[i].get(), "", AT_FDCWD, relative(path), kFromDescriptor) == 0, "move_mount");
+        must(::syscall(SYS_move_mount, trees[i].get(), "", AT_FDCWD, relative(path), kFromDescriptor) == 0,
+             "move_mount");
     }
     for (const auto& path : view.hidden) {
-        must(::mount("none", relative(path), "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=755") == 0, "mount tmpfs");
+        must(::mount("none", relative(path), "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=755") == 0,
+             "mount tmpfs");
     }
     make_read_only(AT_FDCWD, ".", AT_RECURSIVE);
     must(::syscall(SYS_pivot_root, ".", ".") == 0, "pivot_root");
@@ -268,7 +279,9 @@ void enter_namespaces(Isolation& isolation) {
     isolation.pid_namespace = pid_error == 0;
 }
 
-bool holds(const Isolation& isolation, Layer layer) { return isolation.errors[static_cast<unsigned>(layer)] == 0; }
+bool holds(const Isolation& isolation, Layer layer) {
+    return isolation.errors[static_cast<unsigned>(layer)] == 0;
+}
 
 }  // namespace
 
@@ -277,7 +290,8 @@ Isolation isolate(const FileView& view) {
     choose_user(isolation);
     if (isolation.change_user && !has_capability(CAP_SYS_ADMIN)) {  // root of a container: leave it now
         become(isolation.user);
-        must(::prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0, "PR_SET_DUMPABLE");  // or our own /proc is closed to us
+        must(::prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) == 0,
+             "PR_SET_DUMPABLE");  // or our own /proc is closed to us
         isolation.change_user = false;
         isolation.processes_of_ours = 2;
     }

@@ -9,8 +9,8 @@
 
 namespace rlef {
 
-/// A layer that a machine may lack. Seccomp, NO_NEW_PRIVS and resource limits are not among them: without those
-/// nothing runs.
+/// A layer that a machine may lack. Seccomp, NO_NEW_PRIVS and resource limits are not among them: without
+/// those nothing runs.
 enum class Layer : unsigned {
     UnprivilegedUser,
     MountNamespace,

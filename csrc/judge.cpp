@@ -27,7 +27,9 @@ std::string_view take_token(std::string_view& text) {
     return token;
 }
 
-char lower(char letter) { return letter >= 'A' && letter <= 'Z' ? static_cast<char>(letter + 32) : letter; }
+char lower(char letter) {
+    return letter >= 'A' && letter <= 'Z' ? static_cast<char>(letter + 32) : letter;
+}
 
 bool equal_ignoring_case(std::string_view left, std::string_view right) {
     if (left.size() != right.size()) return false;
@@ -67,7 +69,8 @@ bool all_tokens(std::string_view expected, std::string_view output, Same same) {
     while (true) {
         const auto expected_token = take_token(expected);
         const auto output_token = take_token(output);
-        if (expected_token.empty() || output_token.empty()) return expected_token.empty() && output_token.empty();
+        if (expected_token.empty() || output_token.empty())
+            return expected_token.empty() && output_token.empty();
         if (!same(expected_token, output_token)) return false;
     }
 }

@@ -12,12 +12,15 @@ namespace {
 constexpr std::size_t kMostText = 16 * 1024;
 constexpr std::size_t kMostFds = 3;
 
-[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] void fail(const char* what) {
+    throw std::system_error(errno, std::generic_category(), what);
+}
 
 template <typename Header>
 bool send_any(int socket, const Header& header, std::string_view text, const std::vector<int>& fds) {
     text = text.substr(0, kMostText);
-    iovec parts[2] = {{const_cast<Header*>(&header), sizeof header}, {const_cast<char*>(text.data()), text.size()}};
+    iovec parts[2] = {{const_cast<Header*>(&header), sizeof header},
+                      {const_cast<char*>(text.data()), text.size()}};
     alignas(cmsghdr) char control[CMSG_SPACE(kMostFds * sizeof(int))] = {};
     msghdr message = {};
     message.msg_iov = parts;
@@ -81,8 +84,12 @@ bool send_message(int socket, const Report& header, std::string_view text, const
     return send_any(socket, header, text, fds);
 }
 
-std::optional<Message<Request>> receive_request(int socket) { return receive_any<Request>(socket, 0); }
+std::optional<Message<Request>> receive_request(int socket) {
+    return receive_any<Request>(socket, 0);
+}
 
-std::optional<Message<Report>> receive_report(int socket, int flags) { return receive_any<Report>(socket, flags); }
+std::optional<Message<Report>> receive_report(int socket, int flags) {
+    return receive_any<Report>(socket, flags);
+}
 
 }  // namespace rlef

@@ -27,7 +27,9 @@ constexpr std::size_t kTestsAhead = 2;  // one runs while the next already waits
 constexpr auto kStartPatience = 60s;
 constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, and a machine under load
 
-[[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] void fail(const char* what) {
+    throw std::system_error(errno, std::generic_category(), what);
+}
 
 void must(bool succeeded, const char* what) {
     if (!succeeded) fail(what);
@@ -75,7 +77,8 @@ struct Streams {
 };
 
 /// The verdict that needs no look at the output. Empty when the program ended well.
-std::optional<Verdict> verdict_of_ending(const Report& report, const Limits& limits, std::int64_t bare_memory) {
+std::optional<Verdict> verdict_of_ending(const Report& report, const Limits& limits,
+                                         std::int64_t bare_memory) {
     const bool signalled = WIFSIGNALED(report.wait_status);
     const int signal = signalled ? WTERMSIG(report.wait_status) : 0;
     if (signal == SIGSYS) return Verdict::Security;
@@ -211,7 +214,9 @@ Supervisor::Supervisor(WorkerCommand command, unsigned workers, std::uint32_t al
     thread_ = std::thread([this] { supervise(); });
 }
 
-Supervisor::~Supervisor() { close(); }
+Supervisor::~Supervisor() {
+    close();
+}
 
 bool Supervisor::wait_until_ready(std::chrono::milliseconds patience) {
     Lock lock(mutex_);
@@ -263,7 +268,8 @@ void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
 
 bool Supervisor::wait(const Batch& batch, std::chrono::milliseconds patience) {
     Lock lock(mutex_);
-    return changed_.wait_for(lock, patience, [&batch] { return batch.remaining == 0 || !batch.fault.empty(); });
+    return changed_.wait_for(lock, patience,
+                             [&batch] { return batch.remaining == 0 || !batch.fault.empty(); });
 }
 
 void Supervisor::cancel(const std::shared_ptr<Batch>& batch) {
@@ -287,7 +293,8 @@ void Supervisor::close() {
 
 void Supervisor::wake() {
     const std::uint64_t one = 1;
-    [[maybe_unused]] const auto written = ::write(wake_up_.get(), &one, sizeof one);  // full means: awake already
+    [[maybe_unused]] const auto written =
+        ::write(wake_up_.get(), &one, sizeof one);  // full means: awake already
 }
 
 void Supervisor::supervise() {
@@ -342,9 +349,9 @@ void Supervisor::start(WorkerSlot& slot) {
     }
     ::posix_spawn_file_actions_adddup2(&settings.actions, slot.log.get(), 2);
     ::posix_spawn_file_actions_adddup2(&settings.actions, theirs.get(), kWorkerSocket);
-    const int error = ::posix_spawn(&slot.pid, command_.arguments.front().c_str(), &settings.actions,
-                                    &settings.attributes, pointers(command_.arguments).data(),
-                                    pointers(command_.environment).data());
+    const int error =
+        ::posix_spawn(&slot.pid, command_.arguments.front().c_str(), &settings.actions, &settings.attributes,
+                      pointers(command_.arguments).data(), pointers(command_.environment).data());
     if (error) throw std::system_error(error, std::generic_category(), "start " + command_.arguments.front());
     slot.state = WorkerSlot::State::Starting;
     slot.deadline = Clock::now() + kStartPatience;

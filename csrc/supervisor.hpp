@@ -82,8 +82,8 @@ struct WorkerCommand {
 
 struct WorkerSlot;
 
-/// Keeps the workers, hands them programs and tests, and judges what comes back. One thread of its own; any thread
-/// may call. It never touches the interpreter of the process that it lives in.
+/// Keeps the workers, hands them programs and tests, and judges what comes back. One thread of its own; any
+/// thread may call. It never touches the interpreter of the process that it lives in.
 class Supervisor {
   public:
     /// Starts the workers; `wait_until_ready` says when they are. Throws std::system_error.

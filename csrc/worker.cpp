@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -30,19 +31,25 @@ constexpr std::int64_t kSecond = 1'000'000'000;
 constexpr std::int64_t kShortestSleep = 1'000'000;
 constexpr rlim_t kCompileSeconds = 20;
 constexpr std::size_t kThreadStack = 8 << 20;
-// Stacks of threads are reserved, not used: programs that ask for a large one must get it. What is really used
-// counts against the memory limit.
+// Stacks of threads are reserved, not used: programs that ask for a large one must get it. What is really
+// used counts against the memory limit.
 constexpr std::int64_t kStackRoom = std::int64_t{640} << 20;
 constexpr int kSetupFailed = 250;  // exit status of a test process that could not be isolated
 
-[[noreturn]] void fail(const char* step) { throw std::system_error(errno, std::generic_category(), step); }
+[[noreturn]] void fail(const char* step) {
+    throw std::system_error(errno, std::generic_category(), step);
+}
 
 void must(bool succeeded, const char* step) {
     if (!succeeded) fail(step);
 }
 
-std::int64_t nanoseconds(const timespec& time) { return time.tv_sec * kSecond + time.tv_nsec; }
-std::int64_t nanoseconds(const timeval& time) { return time.tv_sec * kSecond + time.tv_usec * 1000; }
+std::int64_t nanoseconds(const timespec& time) {
+    return time.tv_sec * kSecond + time.tv_nsec;
+}
+std::int64_t nanoseconds(const timeval& time) {
+    return time.tv_sec * kSecond + time.tv_usec * 1000;
+}
 
 std::int64_t read_clock(clockid_t clock) {
     timespec time{};
@@ -239,7 +246,8 @@ void run_program(const Worker& worker, Message<Request> program) {
     *worker.notes = {};
     const pid_t parent = worker.isolation.pid_namespace ? 0 : ::getpid();
     worker.interpreter.before_fork();
-    // Not fork(): only the system call takes the flag. This process has one thread, so there is nothing to tidy up.
+    // Not fork(): only the system call takes the flag. This process has one thread, so there is nothing to
+    // tidy up.
     const long namespaces = worker.isolation.pid_namespace ? CLONE_NEWPID : 0;
     const long solution = ::syscall(SYS_clone, namespaces | SIGCHLD, 0, 0, 0, 0);
     if (solution == 0) solution_main(worker, std::move(program), parent);
@@ -271,7 +279,8 @@ void prepare_process() {
     limit(RLIMIT_MSGQUEUE, 0);
     limit(RLIMIT_MEMLOCK, 0);
     for (const int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_DFL);  // the interpreter ignores them
-    std::ofstream("/proc/self/oom_score_adj") << 1000;  // best effort: before the trainer, should the kernel choose
+    std::ofstream("/proc/self/oom_score_adj")
+        << 1000;  // best effort: before the trainer, should the kernel choose
     // Threads would reserve as much as the main thread's stack may grow to.
     pthread_attr_t attributes;
     ::pthread_attr_init(&attributes);
@@ -299,6 +308,7 @@ void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter
     } catch (const std::system_error& error) {
         give_up(socket, error);
     }
+    ::malloc_trim(0);  // leaves the heap in order, or every child would tidy up its own copy
     Report ready{};
     ready.kind = Report::Kind::Ready;
     ready.bare_memory_bytes = worker.bare_memory;

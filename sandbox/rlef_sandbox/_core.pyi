@@ -1,10 +1,11 @@
 from collections.abc import Callable, Sequence
 from types import CodeType
+from typing import TypeAlias
 
 from rlef_sandbox.records import Job, Limits
 
-_Outcome = tuple[str, int | None, int | None, str, str, bool, bool, float, float, int]
-_Instruction = tuple[int, int, int, int]
+_Outcome: TypeAlias = tuple[str, int | None, int | None, str, str, bool, bool, float, float, int]
+_Instruction: TypeAlias = tuple[int, int, int, int]
 
 def outputs_match(expected: str, output: str, judge: str) -> bool: ...
 def serve(

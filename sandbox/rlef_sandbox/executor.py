@@ -14,9 +14,9 @@ from rlef_sandbox.workers import start_workers
 class Executor:
     """Runs programs on tests, each test in a process of its own. Threads may share one; forks may not.
 
-    `workers` is how many programs run at once (default: one per core that this process may use). `limits` holds
-    for jobs that bring none. `allow_missing` names isolation layers that may be absent: without it a machine that
-    lacks one is refused.
+    `workers` is how many programs run at once (default: one per core that this process may use). `limits`
+    holds for jobs that bring none. `allow_missing` names isolation layers that may be absent: without it a
+    machine that lacks one is refused.
 
     Raises ValueError for bad arguments, SandboxFault when the workers cannot be started or isolated.
     """
@@ -57,10 +57,11 @@ class Executor:
     def run_many(self, jobs: Sequence[Job]) -> list[list[Result]]:
         """Run programs side by side; per job, results in the order of its tests.
 
-        With `stop_at_first_failure` the tests after the first failure are `skipped`. The interpreter's lock is
-        released meanwhile, and signals (Ctrl-C) are answered.
+        With `stop_at_first_failure` the tests after the first failure are `skipped`. The interpreter's lock
+        is released meanwhile, and signals (Ctrl-C) are answered.
 
-        Raises ValueError for an unknown judge, SandboxFault when the sandbox itself failed repeatedly or is closed.
+        Raises ValueError for an unknown judge, SandboxFault when the sandbox itself failed repeatedly or is
+        closed.
         """
         if os.getpid() != self._owner:
             raise SandboxFault("this executor belongs to the process before the fork: make one here")

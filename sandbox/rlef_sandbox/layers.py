@@ -10,7 +10,7 @@ from rlef_sandbox import _core
 
 
 class Layer(str, Enum):
-    """What isolates a program besides seccomp, resource limits and NO_NEW_PRIVS, without which nothing runs."""
+    """What isolates a program besides seccomp, rlimits and NO_NEW_PRIVS, without which nothing runs."""
 
     UNPRIVILEGED_USER = "unprivileged_user"
     MOUNT_NAMESPACE = "mount_namespace"
@@ -23,6 +23,7 @@ class Layer(str, Enum):
 
 NAMESPACES: Final = frozenset(layer for layer in Layer if layer.value.endswith("_namespace"))
 """What docker's default profile withholds: `Executor(allow_missing=NAMESPACES)` starts there."""
+
 
 def mask_of(layers: Collection[str]) -> int:
     """One bit per named layer. Raises ValueError for a name that is no layer."""

@@ -11,7 +11,7 @@ from typing import Literal
 Judge = Literal["code_contests", "exact"]
 
 
-class SandboxFault(RuntimeError):
+class SandboxFault(RuntimeError):  # noqa: N818 - a fault of ours, as against a program's error
     """The machine or this library failed; the program that was to run is not to blame."""
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from types import CodeType, ModuleType
 
 SOCKET = 3
 MAIN_STACK_BYTES = 512 << 20  # room for deep recursion; the kernel fixes it when a process image starts
 SOURCE_NAME = "solution.py"
 
-# What programs import most, so that they find it loaded. Every extension module costs each fork some mappings.
+# What programs import most, so that they find it loaded. Each extension module makes each fork dearer.
 WARM_MODULES = (
     "bisect",
     "collections",
@@ -33,7 +34,9 @@ WARM_MODULES = (
     "typing",
 )
 
-WARM_ROUNDS = 20  # after some calls the interpreter rewrites code for what it has met, and then leaves it alone
+WARM_ROUNDS = (
+    20  # after some calls the interpreter rewrites code for what it has met, and then leaves it alone
+)
 REHEARSAL_INPUT = b"3\n1 2 3\nabc\n4 5\n"
 REHEARSAL = b"""
 import sys
@@ -85,12 +88,12 @@ def _restart_with_large_stack() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ)
 
 
-def _load_core(path: str):
-    from importlib.machinery import ExtensionFileLoader
-    from importlib.util import module_from_spec, spec_from_file_location
+def _load_core(path: str) -> ModuleType:
+    from importlib.machinery import ExtensionFileLoader, ModuleSpec
+    from importlib.util import module_from_spec
 
     loader = ExtensionFileLoader("_core", path)
-    module = module_from_spec(spec_from_file_location("_core", path, loader=loader))
+    module = module_from_spec(ModuleSpec("_core", loader, origin=path))
     loader.exec_module(module)
     return module
 
@@ -136,7 +139,7 @@ def _warm_up() -> None:
 
 
 def _rehearse() -> None:
-    """Run the rehearsal as a program would be, on files that replace this process's standard streams for a while."""
+    """Run the rehearsal as a program would be, on files that replace the standard streams for a while."""
     kept = [os.dup(stream) for stream in range(3)]
     for stream in range(3):
         file = os.memfd_create("rehearsal")
@@ -144,7 +147,9 @@ def _rehearse() -> None:
         os.close(file)
     os.pwrite(0, REHEARSAL_INPUT, 0)
     _new_main_module()
-    _run(_compile(REHEARSAL))
+    program = _compile(REHEARSAL)
+    assert isinstance(program, CodeType)
+    _run(program)
     for stream, file in enumerate(kept):
         getattr(sys, ("stdin", "stdout", "stderr")[stream]).seek(0)
         os.dup2(file, stream)
@@ -153,15 +158,14 @@ def _rehearse() -> None:
 
 def _new_main_module() -> None:
     import builtins
-    import types
 
-    module = types.ModuleType("__main__")
+    module = ModuleType("__main__")
     module.__dict__.update(__builtins__=builtins, __file__=SOURCE_NAME)
     sys.modules["__main__"] = module
 
 
-def _compile(source: bytes):
-    """The code object, or (what the interpreter says, whether the syntax is at fault, whether memory ran out)."""
+def _compile(source: bytes) -> CodeType | tuple[str, bool, bool]:
+    """The program, or (what the interpreter says, whether the syntax is at fault, whether memory ran out)."""
     try:
         code = compile(source, SOURCE_NAME, "exec", dont_inherit=True)
     except BaseException as error:
@@ -187,7 +191,7 @@ def _description(error: BaseException, source: bytes) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _run(code) -> tuple[int, bool]:
+def _run(code: CodeType) -> tuple[int, bool]:
     """Run the program in `__main__` and end as the interpreter would, but for freeing what it holds.
 
     Returns the exit status, and whether an uncaught MemoryError ended it.
@@ -219,6 +223,7 @@ def _report(error: BaseException) -> None:
     """Print the traceback as for a script, without this file's frame."""
     import traceback
 
+    assert error.__traceback__ is not None
     frames = error.__traceback__.tb_next
     if sys.excepthook is not sys.__excepthook__:
         sys.excepthook(type(error), error, frames)
@@ -229,11 +234,10 @@ def _report(error: BaseException) -> None:
 def _finish(namespace: dict[str, object], status: int) -> int:
     """What matters of the interpreter's end: threads, exit functions, and output that is still in buffers."""
     import atexit
-
     import threading
 
     if threading.active_count() > 1:
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__
     for name in list(namespace):  # files left open are written when nothing refers to them any more

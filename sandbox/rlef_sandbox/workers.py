@@ -17,8 +17,8 @@ _ENVIRONMENT = ("PYTHONHASHSEED=0", "LD_BIND_NOW=1")
 def start_workers(count: int, *, allow_missing: Collection[str]) -> _core.Supervisor:
     """Start `count` workers and wait until each is isolated.
 
-    Raises ValueError for a name that is no layer, SandboxFault when a layer is missing that `allow_missing` does
-    not name, or when no worker can be started.
+    Raises ValueError for a name that is no layer, SandboxFault when a layer is missing that `allow_missing`
+    does not name, or when no worker can be started.
     """
     interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     script = Path(__file__).with_name("worker.py")

@@ -74,7 +74,8 @@ REFUSED = {
     "leave_the_session": "import os\nos.setsid()",
     "survive_the_parent": CALL + "assert libc.prctl(1, 0, 0, 0, 0) == 0",
     "become_root": "import os\nos.setresuid(0, 0, 0)",
-    "gain_capabilities": CALL + "assert libc.syscall(126, ctypes.create_string_buffer(8), ctypes.create_string_buffer(24)) == 0",
+    "gain_capabilities": CALL
+    + "assert libc.syscall(126, ctypes.create_string_buffer(8), ctypes.create_string_buffer(24)) == 0",
     "install_a_filter": CALL + "assert libc.syscall(317, 0, 0, 0) == 0",
     "limit_another_process": "import resource\nresource.prlimit(1, resource.RLIMIT_CPU, (1, 1))",
     "raise_the_memory_limit": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
@@ -118,7 +119,9 @@ REFUSED = {
 
 def attack(executor: Executor, program: str, **limits: float) -> Result:
     """Runs the attack on input `private`; afterwards the same worker must still be well."""
-    limit = Limits(**{"cpu_s": 1.0, "wall_s": 3.0, "memory_bytes": 128 << 20, "output_bytes": 1 << 20, **limits})
+    limit = Limits(
+        **{"cpu_s": 1.0, "wall_s": 3.0, "memory_bytes": 128 << 20, "output_bytes": 1 << 20, **limits}
+    )
     result = executor.run(program, [Test("private\n", "never")], limits=limit)[0]
     [after] = executor.run("print(input())", [Test("well", "well")])
     assert after.verdict is Verdict.PASSED
@@ -159,7 +162,7 @@ def test_memory_bomb_ends(executor):
 
 
 def test_memory_bomb_of_small_objects_ends(executor):
-    result = attack(executor, "x = []\nwhile True: x.append([x])", cpu_s=20.0, wall_s=40.0)
+    result = attack(executor, "x = []\nwhile True: x.append(b'x' * len(x))", cpu_s=20.0, wall_s=40.0)
 
     assert result.verdict is Verdict.OUT_OF_MEMORY
 
@@ -167,7 +170,10 @@ def test_memory_bomb_of_small_objects_ends(executor):
 def test_anonymous_maps_count_as_memory(executor):
     program = "import mmap\nkept = []\nwhile True:\n    kept.append(mmap.mmap(-1, 16 << 20))\n    kept[-1].write(b'x' * (16 << 20))"
 
-    assert attack(executor, program, cpu_s=20.0, wall_s=40.0).verdict in {Verdict.OUT_OF_MEMORY, Verdict.EXCEPTION}
+    assert attack(executor, program, cpu_s=20.0, wall_s=40.0).verdict in {
+        Verdict.OUT_OF_MEMORY,
+        Verdict.EXCEPTION,
+    }
 
 
 def test_output_bomb_ends_though_the_signal_is_ignored(executor):
@@ -210,7 +216,9 @@ def test_stopping_oneself_ends_with_the_wall_clock(executor):
 
 
 def test_closing_the_standard_streams_hurts_nobody_else(executor):
-    assert attack(executor, "import os\nos.close(0); os.close(1); os.close(2)").verdict is Verdict.WRONG_OUTPUT
+    assert (
+        attack(executor, "import os\nos.close(0); os.close(1); os.close(2)").verdict is Verdict.WRONG_OUTPUT
+    )
 
 
 def test_leaving_with_status_zero_does_not_pass(executor):
@@ -289,9 +297,13 @@ def test_a_test_finds_nothing_of_the_test_before(executor):
 
 
 def test_a_program_finds_nothing_of_the_program_before(executor):
-    executor.run("import math, sys\nmath.pi = 3\nsys.path.append('x')\nsys.setrecursionlimit(50)", [Test("", "")])
+    executor.run(
+        "import math, sys\nmath.pi = 3\nsys.path.append('x')\nsys.setrecursionlimit(50)", [Test("", "")]
+    )
 
-    result = executor.run("import math, sys\nprint(math.pi, 'x' in sys.path, sys.getrecursionlimit())", [Test("", "")])[0]
+    result = executor.run(
+        "import math, sys\nprint(math.pi, 'x' in sys.path, sys.getrecursionlimit())", [Test("", "")]
+    )[0]
 
     assert result.stdout == "3.141592653589793 False 1000\n"
 

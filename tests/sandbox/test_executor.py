@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -197,7 +198,9 @@ def test_fork_of_the_caller_is_told_to_make_its_own(executor: Executor):
         "os.wait()\nprint(executor.run('', [Test('', '')])[0].verdict.value)"
     )
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+    )
 
     assert done.stdout == "this executor belongs to the process before the fork: make one here\npassed\n"
 
@@ -205,11 +208,13 @@ def test_fork_of_the_caller_is_told_to_make_its_own(executor: Executor):
 def test_no_descriptor_is_left_open():
     with Executor(workers=2) as pair:
         pair.run(ECHO, [Test("1", "1")] * 3)
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         for _ in range(20):
-            pair.run_many([Job(ECHO, [Test("1", "1")] * 5), Job("(", [Test("", "")]), Job("1/0", [Test("", "")])])
+            pair.run_many(
+                [Job(ECHO, [Test("1", "1")] * 5), Job("(", [Test("", "")]), Job("1/0", [Test("", "")])]
+            )
 
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, True, "2", 2000])

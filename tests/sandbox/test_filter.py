@@ -53,9 +53,6 @@ def in_a_test(name: str, *arguments: int) -> int:
     return evaluate(_core.test_filter(OWN_PID), NUMBERS[name], arguments)
 
 
-
-
-
 @pytest.mark.parametrize("architecture", [I386, AARCH64, 0])
 @given(number=st.integers(0, 2**32 - 1))
 def test_other_architectures_are_killed(architecture, number):

@@ -65,7 +65,9 @@ def test_this_machine_gives_every_layer():
 def test_check_prints_a_line_per_layer_and_json():
     command = [sys.executable, "-m", "rlef_sandbox", "check"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    data = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout)
+    data = json.loads(
+        subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
+    )
 
     assert [line.split()[0] for line in text.splitlines()] == [layer.value for layer in Layer]
     assert [row["layer"] for row in data["layers"]] == [layer.value for layer in Layer]
@@ -104,7 +106,9 @@ def test_interpreter_that_programs_cannot_read_is_a_fault(tmp_path):
 
     said = as_user("root", program, tmp_path, mode=0o700)
 
-    assert said.startswith("honest programs fail in this sandbox (exception: ModuleNotFoundError: No module named")
+    assert said.startswith(
+        "honest programs fail in this sandbox (exception: ModuleNotFoundError: No module named"
+    )
 
 
 def as_user(user: str, program: str, folder: Path, *, mode: int = 0o755) -> str:

@@ -54,7 +54,9 @@ def test_exit_status_other_than_zero_is_an_exception(run, program, exit_code):
     assert (result.verdict, result.exit_code) == (Verdict.EXCEPTION, exit_code)
 
 
-@pytest.mark.parametrize("program", ["exit()", "import sys; sys.exit(0)", "raise SystemExit", "import os; os._exit(0)"])
+@pytest.mark.parametrize(
+    "program", ["exit()", "import sys; sys.exit(0)", "raise SystemExit", "import os; os._exit(0)"]
+)
 def test_exit_status_zero_leaves_the_verdict_to_the_output(run, program):
     assert run(program, expected="").verdict is Verdict.PASSED
     assert run(program, expected="42").verdict is Verdict.WRONG_OUTPUT
@@ -136,7 +138,9 @@ def test_standard_error_keeps_its_end(run):
     assert (result.stderr, result.stderr_truncated) == ("def", True)
 
 
-@pytest.mark.parametrize("program", ["def f(:", "x = 'a", "if True:\nx = 1", "x = 1\0", "x = '\udc80'", "\xa0= 1", "return"])
+@pytest.mark.parametrize(
+    "program", ["def f(:", "x = 'a", "if True:\nx = 1", "x = 1\0", "x = '\udc80'", "\xa0= 1", "return"]
+)
 def test_what_does_not_parse_is_a_syntax_error(run, program):
     result = run(program)
 
@@ -146,7 +150,7 @@ def test_what_does_not_parse_is_a_syntax_error(run, program):
 
 def test_syntax_error_points_at_the_line(run):
     assert run("x = 1\ny = )\n").stderr == (
-        '  File "solution.py", line 2\n    y = )\n        ^\nSyntaxError: unmatched \')\'\n'
+        "  File \"solution.py\", line 2\n    y = )\n        ^\nSyntaxError: unmatched ')'\n"
     )
 
 

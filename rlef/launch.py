@@ -43,8 +43,7 @@ def run_processes(
         for rank in range(processes)
     ]
     with _SignalsLeftTo(children):
-        for child in children:
-            child.start()
+        _start(children)
         status = _first_failure(children)
         for child in children:
             child.join(timeout=_GRACE_S if status == 0 else 5.0)
@@ -52,6 +51,15 @@ def run_processes(
                 child.kill()
                 child.join()
     return status
+
+
+def _start(children: list[SpawnProcess]) -> None:
+    """A terminal's Ctrl-C reaches the children as well, and while they import they would answer it with a
+    traceback. So they inherit that it is ignored, and hear of it from this process."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for child in children:
+        child.start()
+    signal.signal(signal.SIGINT, handler)
 
 
 def _child(

@@ -142,7 +142,6 @@ BAD_INPUT = {
     ),
     "a context that is too small": (
         settings("rollout.max_prompt_tokens=400"),
-        "a dialog can grow to 593 tokens (rollout.max_prompt_tokens = 400, max_response_tokens = 40, "
         "max_feedback_tokens = 112, turns = 2), but the model's context holds 512; lower one of them",
     ),
     "no such isolation layer": (

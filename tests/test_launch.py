@@ -52,8 +52,13 @@ def never_leave(folder: Path) -> int:
         time.sleep(0.01)
 
 
+def not_prepared(folder: Path) -> int:
+    ready(folder)
+    time.sleep(600)
+    return 0
+
+
 def ready(folder: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as from a terminal: it reaches the whole group
     (folder / f"ready-{os.environ['RANK']}").touch()
 
 
@@ -120,6 +125,14 @@ def test_a_second_signal_ends_them_at_once(tmp_path: Path) -> None:
         wait_for(tmp_path / "asked-0", tmp_path / "asked-1")
         command.press_ctrl_c()
         assert command.wait() == 128 + signal.SIGKILL
+
+
+def test_ctrl_c_before_the_children_can_save_leaves_no_traceback(tmp_path: Path) -> None:
+    with nothing_left_behind():
+        command = launch("not_prepared", tmp_path)
+        command.press_ctrl_c()
+        assert command.wait() == 128 + signal.SIGTERM
+    assert command.output == ""
 
 
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, random_model: Path) -> Iterator[Finished]:
+def finished(tmp_path_factory: pytest.TempPathFactory, random_model: Path) -> Finished:
     """A run of two steps, saved after each, and its exported policy."""
     folder = tmp_path_factory.mktemp("finished")
     settings = run_file(folder)
@@ -43,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, random_model: Path) -> It
     exported = rlef("export", str(folder / "small"), str(folder / "exported"))
     assert exported.exit_code == 0, exported.output
     assert exported.stdout == f"wrote {folder / 'exported'}\n"
-    yield Finished(settings=settings, start=random_model, exported=folder / "exported", run=folder / "small")
+    return Finished(settings=settings, start=random_model, exported=folder / "exported", run=folder / "small")
 
 
 def logits(folder: Path, token_ids: list[int]) -> torch.Tensor:

@@ -76,7 +76,7 @@ def test_programs_run_side_by_side():
         started = time.monotonic()
         four.run_many([sleep] * 4)
 
-        assert time.monotonic() - started < 1.2
+        assert time.monotonic() - started < 1.5  # one after the other: 1.6
 
 
 def test_interrupt_ends_the_wait_and_the_program(executor: Executor):

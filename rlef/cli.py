@@ -174,7 +174,7 @@ def check_inputs(config: Config) -> None:
     shape = read_shape(folder)
     check_weights(folder)
     check_layout(shape, config.parallel, config.parallel.processes)
-    check_context(config.rollout, shape.max_position_embeddings)
+    check_context(config, shape.max_position_embeddings)
     Dialog.read(folder, config.rollout)
     for setting, source in (
         ("problems.train", config.problems.train),

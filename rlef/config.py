@@ -12,12 +12,13 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+MessageTokens = Annotated[int, Field(ge=16)]  # room for the role markers, the cut mark and something to say
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
@@ -72,8 +73,8 @@ class RolloutConfig(Section):
     feedback: FeedbackKind = "true"
     temperature: NonNegativeFloat = 1.0
     top_p: Fraction = 1.0
-    max_prompt_tokens: PositiveInt = 2048  # cut on the left
-    max_feedback_tokens: PositiveInt = 1024  # cut on the right, marked
+    max_prompt_tokens: MessageTokens = 2048  # cut on the left
+    max_feedback_tokens: MessageTokens = 1024  # cut on the right, marked
     max_test_characters: PositiveInt = 512  # of one test's input or output inside feedback
     max_response_tokens: PositiveInt = 1024
     slots: PositiveInt = 128  # sequences that the embedded sampler decodes at once
@@ -117,6 +118,7 @@ class OptimizerConfig(Section):
 
 
 class EvaluationConfig(Section):
+    turns: PositiveInt = 3  # the budget of responses, whatever training used
     every_steps: NonNegativeInt = 0  # 0: only at the start and at the end
     rollouts_per_problem: PositiveInt = 20  # paper: 200 (CodeContests), 20 (HumanEval+, MBPP+)
     temperature: NonNegativeFloat = 0.2
@@ -190,26 +192,24 @@ def check_arithmetic(config: Config) -> None:
         )
 
 
-def longest_dialog(rollout: RolloutConfig) -> int:
-    """The most tokens that an episode can have under these settings."""
+def longest_dialog(config: Config) -> int:
+    """The most tokens that an episode of training or evaluation can have."""
+    rollout, turns = config.rollout, max(config.rollout.turns, config.evaluation.turns)
     feedback = rollout.max_feedback_tokens + 1  # an unfinished response is closed by an end-of-turn token
-    return (
-        rollout.max_prompt_tokens
-        + rollout.turns * rollout.max_response_tokens
-        + (rollout.turns - 1) * feedback
-    )
+    return rollout.max_prompt_tokens + turns * rollout.max_response_tokens + (turns - 1) * feedback
 
 
-def check_context(rollout: RolloutConfig, max_position_embeddings: int) -> None:
+def check_context(config: Config, max_position_embeddings: int) -> None:
     """The longest possible dialog must fit the model's context."""
-    longest = longest_dialog(rollout)
+    longest = longest_dialog(config)
     if longest > max_position_embeddings:
         raise ConfigError(
-            f"a dialog can grow to {longest} tokens (rollout.max_prompt_tokens = "
-            f"{rollout.max_prompt_tokens}, "
-            f"max_response_tokens = {rollout.max_response_tokens}, max_feedback_tokens = "
-            f"{rollout.max_feedback_tokens}, turns = {rollout.turns}), but the model's context holds "
-            f"{max_position_embeddings}; lower one of them"
+            f"a dialog can grow to {longest} tokens "
+            f"(rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}, "
+            f"rollout.max_response_tokens = {config.rollout.max_response_tokens}, "
+            f"rollout.max_feedback_tokens = {config.rollout.max_feedback_tokens}, "
+            f"rollout.turns = {config.rollout.turns}, evaluation.turns = {config.evaluation.turns}), "
+            f"but the model's context holds {max_position_embeddings}; lower one of them"
         )
 
 
@@ -228,7 +228,7 @@ def describe_arithmetic(config: Config) -> dict[str, int]:
         ),
         "updates in all": config.run.steps * config.ppo.updates_per_step,
         "episodes in all": config.run.steps * episodes,
-        "longest dialog in tokens": longest_dialog(config.rollout),
+        "longest dialog in tokens": longest_dialog(config),
     }
 
 
@@ -237,14 +237,31 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     section, dot, key = name.partition(".")
     if not separator or not dot:
         raise ConfigError(f"override {override!r} is not of the form section.key=value, such as run.seed=2")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
+    value = _read_value(_annotation(section, key), text)
     table = tree.setdefault(section, {})
     if not isinstance(table, dict):
         raise ConfigError(f"override {override!r}: {section!r} is not a section")
     table[key] = value
+
+
+def _annotation(section: str, key: str) -> object:
+    """The type of a setting, or None where there is no such setting."""
+    table = Config.model_fields[section].annotation if section in Config.model_fields else None
+    if not isinstance(table, type) or not issubclass(table, BaseModel) or key not in table.model_fields:
+        return None
+    return table.model_fields[key].annotation
+
+
+def _read_value(annotation: object, text: str) -> Any:
+    """The command line's text in the setting's type: bare words need no quotes, lists no brackets."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if get_origin(annotation) is tuple and not isinstance(value, list):
+        return [word.strip() for word in text.split(",") if word.strip()]
+    is_text = annotation is str or get_origin(annotation) is Literal
+    return text if is_text and not isinstance(value, str) else value
 
 
 def explain(invalid: ValidationError) -> str:
@@ -261,5 +278,5 @@ def explain(invalid: ValidationError) -> str:
         assert issubclass(section, BaseModel)
         known = list(section.model_fields)
     near = difflib.get_close_matches(path[-1], known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
+    hint = f"did you mean {'.'.join((*path[:-1], near[0]))!r}?" if near else "known keys: " + ", ".join(known)
     return f"unknown setting {name!r}; {hint}"

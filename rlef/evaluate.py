@@ -4,13 +4,13 @@ Four conditions are evaluated on the same problems: dialogs with true feedback, 
 unrelated program, with none but "it failed", and single responses. Every response counts as a sample, so all
 four are compared at one budget of `turns` responses:
 
-- *1@turns of dialogs*: the expectation that one dialog of up to `turns` responses solves its problem. Only
-its last
-  response can pass the public tests, because passing ends it. So the last code is the one candidate, and it
-  is submitted if it passes publicly. A dialog that ends early does not spend the rest of its budget, and is
-  counted as if it had.
-- *1@turns of single responses*: of `turns` independent responses, one that passes the public tests is
-submitted. - *1@1*: a dialog's first response alone.
+- *1@turns of dialogs*: the expectation that one dialog of up to `turns` responses solves its problem.
+  Passing the public tests ends a dialog, so only its last response can pass them. The last code is the one
+  candidate, and it is submitted if it passes publicly. A dialog that ends early is counted as if it had spent
+  its whole budget.
+- *1@turns of single responses*: of `turns` independent responses, one of those that pass the public tests is
+  submitted.
+- *1@1*: a dialog's first response alone.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ _FEEDBACK: Mapping[str, FeedbackKind] = {
 }
 CONDITIONS = tuple(_FEEDBACK)
 _BROWSED = ("true_feedback", "random_feedback")  # conditions whose dialogs go into the report
+
+
+def evaluation_seed(run_seed: int) -> int:
+    """Evaluation must not draw the numbers that training draws."""
+    return run_seed + 1_000_003
 
 
 class Rollouts(Protocol):

@@ -6,7 +6,7 @@ It knows the three networks only as `ports.Network`; the mathematics is in `rewa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,7 +63,9 @@ class Learner:
         mine = assign_to_ranks(lengths, self._parallel.data_parallel_size)[self._parallel.data_parallel_rank]
         groups = split_micro_batches([lengths[index] for index in mine], self._ppo.micro_batch_tokens)
         batches = [
-            pack([episodes[mine[index]] for index in group], value_level=self._ppo.value_level)
+            pack([episodes[mine[index]] for index in group], value_level=self._ppo.value_level).to(
+                self._parallel.device
+            )
             for group in groups
         ]
         old_logprobs = self._networks.policy.forward(batches)
@@ -127,8 +129,9 @@ class Learner:
 
         return self._networks.value.update([item.batch for item in scored], loss)
 
-    def _total(self, counts: object) -> float:
-        return float(_sum_over_ranks(torch.tensor([float(sum(counts))]), self._parallel)[0])  # type: ignore[call-overload]
+    def _total(self, counts: Iterable[int]) -> float:
+        """Added up over this rank's micro-batches and over all ranks."""
+        return float(_sum_over_ranks([float(sum(counts))], self._parallel)[0])
 
 
 def _split_evenly(episodes: Sequence[Episode], parts: int) -> list[Sequence[Episode]]:
@@ -136,11 +139,12 @@ def _split_evenly(episodes: Sequence[Episode], parts: int) -> list[Sequence[Epis
     return [episodes[part::parts] for part in range(parts)]
 
 
-def _sum_over_ranks(values: Tensor, parallel: ParallelState) -> Tensor:
-    summed = values.double()
+def _sum_over_ranks(values: Sequence[float], parallel: ParallelState) -> list[float]:
+    summed = torch.tensor(values, dtype=torch.float64, device=parallel.device)
     if parallel.data_parallel_group is not None:
         dist.all_reduce(summed, group=parallel.data_parallel_group)
-    return summed
+    totals: list[float] = summed.tolist()
+    return totals
 
 
 def _summarise(updates: Sequence[Sequence[_Scored]], parallel: ParallelState) -> dict[str, float]:
@@ -150,19 +154,17 @@ def _summarise(updates: Sequence[Sequence[_Scored]], parallel: ParallelState) ->
     returns = torch.cat([item.returns for item in scored])
     errors = returns - torch.cat([item.old_values for item in scored])
     sums = _sum_over_ranks(
-        torch.stack(
-            [
-                torch.tensor(float(kl.numel())),
-                kl.sum(),
-                torch.tensor(float(returns.numel())),
-                returns.sum(),
-                returns.square().sum(),
-                errors.sum(),
-                errors.square().sum(),
-            ]
-        ),
+        [
+            float(kl.numel()),
+            float(kl.sum()),
+            float(returns.numel()),
+            float(returns.sum()),
+            float(returns.square().sum()),
+            float(errors.sum()),
+            float(errors.square().sum()),
+        ],
         parallel,
-    ).tolist()
+    )
     num_turns, kl_sum, num_values, return_sum, return_squares, error_sum, error_squares = sums
     return_variance = return_squares / num_values - (return_sum / num_values) ** 2
     error_variance = error_squares / num_values - (error_sum / num_values) ** 2

@@ -90,6 +90,7 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
         data_parallel_size=replicas,
         data_parallel_group=mpu.get_data_parallel_group() if replicas > 1 else None,
         tensor_parallel_group=mpu.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
 
 

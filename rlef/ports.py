@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -86,6 +87,7 @@ class ParallelState:
     data_parallel_size: int
     data_parallel_group: ProcessGroup | None  # None when there is one process
     tensor_parallel_group: ProcessGroup | None  # None when the vocabulary is not split
+    device: torch.device  # where the networks live, and so every tensor of a collective
 
 
 class Network(Protocol):

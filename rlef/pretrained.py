@@ -164,6 +164,9 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def read_token_ids(folder: Path) -> tuple[int, int]:
-    """The end-of-turn and the padding token of `config.json`."""
+    """The end-of-text and the padding token of `config.json`; without a padding token, the former serves."""
     config = json.loads((folder / "config.json").read_text())
-    return config["eos_token_id"], config["pad_token_id"]
+    end = config["eos_token_id"]
+    end = end[0] if isinstance(end, list) else end
+    pad = config.get("pad_token_id")
+    return end, end if pad is None else pad

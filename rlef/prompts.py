@@ -154,6 +154,21 @@ def _cut(text: str, max_characters: int) -> str:
     return text if len(text) <= max_characters else text[:max_characters] + CUT_MARK
 
 
+_MARKERS = ("user", "assistant", "end")
+
+
+def _read_markers(file: Path) -> dict[str, str]:
+    try:
+        markers = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"model.path: {file} is not JSON ({error})") from None
+    if not isinstance(markers, dict) or set(markers) != set(_MARKERS):
+        raise ConfigError(
+            f"model.path: {file} must name one token each for {', '.join(_MARKERS)}, and nothing else"
+        )
+    return markers
+
+
 class Dialog:
     """A tokenizer with its role markers: builds the token ids of a dialog, piece by piece."""
 
@@ -174,12 +189,18 @@ class Dialog:
     def read(cls, folder: Path, settings: RolloutConfig) -> Dialog:
         """From `tokenizer.json` and `dialog.json` (the role markers) of a model folder."""
         try:
-            tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text())
-            markers = json.loads((folder / "dialog.json").read_text())
+            tokenizer_text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            markers = _read_markers(folder / "dialog.json")
         except FileNotFoundError as error:
             raise ConfigError(
                 f"model.path: {error.filename} is missing; "
                 "a model folder needs tokenizer.json and dialog.json"
+            ) from None
+        try:
+            tokenizer = Tokenizer.from_str(tokenizer_text)
+        except Exception as error:  # noqa: BLE001  the library raises nothing more exact
+            raise ConfigError(
+                f"model.path: {folder / 'tokenizer.json'} cannot be read ({error}); copy it again"
             ) from None
         return cls(tokenizer, settings, **markers)
 

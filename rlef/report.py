@@ -172,7 +172,7 @@ def compare(summary: Mapping[str, Any]) -> list[Comparison]:
         f"single_turn_{budget}": f"{budget}, single responses",
         "1@1": "1@1, first response",
         "repair_rate": "repair rate",
-        "identical_resubmission_rate": "identical retries",
+        "identical_resubmission_rate": "identical resubmissions",
     }
     numbers = {"mean_reward": "mean reward", "mean_response_tokens": "tokens per response"}
     return [

@@ -57,7 +57,7 @@ def open_run_folder(config: Config, *, resume: str) -> tuple[RunFolder, str | No
             )
         _require_same_settings(path, config)
         return RunFolder(path=path, checkpoint=checkpoint), f"continuing {path} from {checkpoint.name}"
-    if resume == "auto" and _is_unfinished(path):
+    if resume == "auto" and _is_unfinished(path, config.run.steps):
         _require_same_settings(path, config)
         return RunFolder(path=path, checkpoint=None), f"continuing the unfinished run in {path}"
     try:
@@ -93,14 +93,15 @@ def read_run_config(path: Path) -> Config:
         raise ConfigError(f"{file} is not what a run of this version writes: {explain(error)}") from None
 
 
-def _is_unfinished(path: Path) -> bool:
+def _is_unfinished(path: Path, steps: int) -> bool:
+    """Whether there is something to do: no final evaluation yet, or one after too few steps."""
     if not (path / CONFIG_FILE).exists():
         return False
     try:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return True
-    return summary.get("final") is None
+    return summary.get("final") is None or summary.get("steps", steps) < steps
 
 
 def _require_same_settings(path: Path, config: Config) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from rlef import problems as sources
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError
-from rlef.evaluate import evaluate, summarise
+from rlef.evaluate import evaluate, evaluation_seed, summarise
 from rlef.megatron_policy import build_networks
 from rlef.pretrained import model_folder, read_pretrained, read_token_ids, write_pretrained
 from rlef.prompts import Dialog
@@ -54,9 +54,9 @@ def evaluate_model(config: Config) -> dict[str, Any]:
             ),
             settings=config.evaluation,
             rewards=config.rewards,
-            turns=config.rollout.turns,
+            turns=config.evaluation.turns,
             max_response_tokens=config.rollout.max_response_tokens,
-            seed=config.run.seed,
+            seed=evaluation_seed(config.run.seed),
         )
     return summarise(evaluation)
 

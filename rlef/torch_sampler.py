@@ -82,18 +82,22 @@ class _LayerWeights:
 class TorchSampler:
     """`ports.Sampler` for a Llama of any size that fits in this process's memory."""
 
-    def __init__(self, shape: ModelShape, *, end_token_id: int, slots: int) -> None:
+    def __init__(
+        self, shape: ModelShape, *, end_token_id: int, slots: int, device: torch.device | None = None
+    ) -> None:
+        self._device = device or torch.device("cpu")
         self._shape = shape
         self._end_token_id = end_token_id
         self._slots = slots
         self._version = -1
         cache_shape = (slots, shape.num_key_value_heads, shape.max_position_embeddings, shape.head_dim)
-        self._keys = [torch.zeros(cache_shape) for _ in range(shape.num_hidden_layers)]
-        self._values = [torch.zeros(cache_shape) for _ in range(shape.num_hidden_layers)]
-        self._cosine, self._sine = rotary_tables(shape, shape.max_position_embeddings)
+        self._keys = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
+        self._values = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
+        cosine, sine = rotary_tables(shape, shape.max_position_embeddings)
+        self._cosine, self._sine = cosine.to(self._device), sine.to(self._device)
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        weights = {name: tensor.detach() for name, tensor in named_weights}
+        weights = {name: tensor.detach().to(self._device) for name, tensor in named_weights}
 
         def layer(index: int) -> _LayerWeights:
             prefix = f"model.layers.{index}."
@@ -160,8 +164,9 @@ class TorchSampler:
         for index, row in enumerate(rows):
             token_ids[index, : len(row.request.token_ids)] = torch.as_tensor(row.request.token_ids)
         positions = torch.arange(longest).expand(len(rows), longest)
-        hidden = self._forward(token_ids, positions, first_row, longest)
-        return self._logits(hidden[torch.arange(len(rows)), lengths - 1])
+        hidden = self._forward(token_ids.to(self._device), positions.to(self._device), first_row, longest)
+        last = (lengths - 1).to(self._device)
+        return self._logits(hidden[torch.arange(len(rows), device=self._device), last])
 
     def _decode(self, rows: list[_Row]) -> Tensor:
         """One more token for every active row; logits `[rows, vocab]`."""
@@ -169,7 +174,8 @@ class TorchSampler:
         positions = torch.tensor([[len(row.request.token_ids) + len(row.token_ids) - 1] for row in rows])
         attended = -(-(int(positions.max()) + 1) // _CACHE_GRANULE) * _CACHE_GRANULE
         attended = min(attended, self._shape.max_position_embeddings)
-        return self._logits(self._forward(token_ids, positions, 0, attended)[:, 0])
+        hidden = self._forward(token_ids.to(self._device), positions.to(self._device), 0, attended)
+        return self._logits(hidden[:, 0])
 
     def _forward(self, token_ids: Tensor, positions: Tensor, first_row: int, attended: int) -> Tensor:
         """Hidden states `[rows, length, hidden]`; writes the cache, attends to its first `attended`
@@ -181,7 +187,8 @@ class TorchSampler:
             self._cosine[positions][:, None],
             self._sine[positions][:, None],
         )  # [rows, 1, length, head_dim]
-        visible = torch.arange(attended) <= positions[:, None, :, None]  # [rows, 1, length, attended]
+        reach = torch.arange(attended, device=self._device)
+        visible = reach <= positions[:, None, :, None]  # [rows, 1, length, attended]
         target = positions[:, None, :, None].expand(rows, groups, length, head_dim)
         hidden = functional.embedding(token_ids, self._embedding)
         for weights, all_keys, all_values in zip(self._layers, self._keys, self._values, strict=True):
@@ -233,7 +240,7 @@ class TorchSampler:
         cumulative = logprobs.double().exp().cumsum(-1)
         total = cumulative[:, -1:]
         below_total = total.nextafter(torch.zeros_like(total))
-        thresholds = (torch.from_numpy(draws)[:, None] * total).minimum(below_total)
+        thresholds = (torch.from_numpy(draws).to(self._device)[:, None] * total).minimum(below_total)
         chosen = torch.searchsorted(cumulative, thresholds, right=True)  # [rows, 1]
         chosen_logprobs = logprobs.gather(1, chosen)[:, 0].tolist()
         for row, token_id, logprob, position in zip(

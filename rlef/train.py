@@ -18,7 +18,15 @@ import torch.distributed as dist
 from rlef import problems as sources
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError, FeedbackKind, check_context
-from rlef.evaluate import dialog_examples, episode_metrics, evaluate, run_summary, summarise, write_summary
+from rlef.evaluate import (
+    dialog_examples,
+    episode_metrics,
+    evaluate,
+    evaluation_seed,
+    run_summary,
+    summarise,
+    write_summary,
+)
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks, initialize
 from rlef.ports import Networks, SamplingParams
@@ -34,7 +42,6 @@ from rlef.torch_sampler import TorchSampler
 from rlef_sandbox import Executor
 
 _EVALUATION, _CHECKPOINT = BETWEEN_STEPS
-_EVALUATION_SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training drew
 
 
 def train(config: Config, folder: RunFolder) -> int:
@@ -94,13 +101,18 @@ class Run:
         self._folder = folder
         self._started = time.monotonic()
         shape, weights = read_pretrained(model_folder(config.model.path))
-        check_context(config.rollout, shape.max_position_embeddings)
+        check_context(config, shape.max_position_embeddings)
         self.dialog = Dialog.read(model_folder(config.model.path), config.rollout)
         self.networks: Networks = build_networks(
             shape, weights, parallel=config.parallel, optimizer=config.optimizer
         )
         stack.callback(_leave_job)
-        self.sampler = TorchSampler(shape, end_token_id=self.dialog.end_token_id, slots=config.rollout.slots)
+        self.sampler = TorchSampler(
+            shape,
+            end_token_id=self.dialog.end_token_id,
+            slots=config.rollout.slots,
+            device=self.networks.parallel.device,
+        )
         self.sampler.push(weights.items(), version=0)
         self.learner = Learner(self.networks, ppo=config.ppo, rewards=config.rewards)
         self.cursor = Cursor(self._problems("train"), seed=config.run.seed)
@@ -177,9 +189,9 @@ class Run:
                 rollouts=self._evaluation_episodes,
                 settings=config.evaluation,
                 rewards=config.rewards,
-                turns=config.rollout.turns,
+                turns=config.evaluation.turns,
                 max_response_tokens=config.rollout.max_response_tokens,
-                seed=config.run.seed + _EVALUATION_SEED_OFFSET,
+                seed=evaluation_seed(config.run.seed),
             )
         if self.networks.parallel.rank != 0:
             return
@@ -255,7 +267,7 @@ class _StopRequest:
     """SIGINT and SIGTERM ask the run to save and leave after the step under way; all processes must agree."""
 
     def __enter__(self) -> Self:
-        self._asked = False
+        self._asked: set[int] = set()
         self._previous = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -266,14 +278,17 @@ class _StopRequest:
             signal.signal(number, handler)
 
     def agreed(self) -> bool:
-        asked = torch.tensor(int(self._asked))
+        asked = torch.tensor(int(bool(self._asked)))
         if torch.cuda.is_available():
             asked = asked.cuda()
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         return bool(asked)
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self._asked = True
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if number in self._asked:  # a second time: the user will not wait
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._asked.add(number)  # by number: a terminal's Ctrl-C arrives beside the launcher's SIGTERM
 
 
 def _headline(figures: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rlef.config import (
     Config,
     ConfigError,
+    EvaluationConfig,
     RolloutConfig,
     check_context,
     describe_arithmetic,
@@ -50,6 +51,7 @@ PAPER = {
     "optimizer.clip_grad": 1.0,
     "evaluation.temperature": 0.2,
     "evaluation.top_p": 0.95,
+    "evaluation.turns": 3,
     "evaluation.rollouts_per_problem": 20,
     "evaluation.bootstrap_samples": 200,
 }
@@ -111,7 +113,7 @@ def test_an_override_is_a_toml_value_or_a_bare_word(
         ("run.seed", "override 'run.seed' is not of the form section.key=value, such as run.seed=2"),
         ("seed=2", "override 'seed=2' is not of the form section.key=value"),
         ("run.seed=", "run.seed = '': Input should be a valid integer"),
-        ("rollout.turn=2", "unknown setting 'rollout.turn'; did you mean 'turns'?"),
+        ("rollout.turn=2", "unknown setting 'rollout.turn'; did you mean 'rollout.turns'?"),
         ("rolout.turns=2", "unknown setting 'rolout'; did you mean 'rollout'?"),
         ("checkpoint.zzz=2", "unknown setting 'checkpoint.zzz'; known keys: every_steps, keep"),
         ("rollout.turns=0", "rollout.turns = 0: Input should be greater than or equal to 1"),
@@ -135,7 +137,7 @@ def test_a_wrong_override_is_named_with_its_mend(tmp_path: Path, override: str, 
     ("text", "message"),
     [
         ("run = 3", "run = 3: Input should be a valid dictionary"),
-        ("[run]\nsede = 1", "unknown setting 'run.sede'; did you mean 'seed'?"),
+        ("[run]\nsede = 1", "unknown setting 'run.sede'; did you mean 'run.seed'?"),
         ("[run\n", "run.toml is not TOML: "),
     ],
 )
@@ -190,16 +192,41 @@ def test_numbers_that_do_not_fit_are_both_named(
     assert error_of(tmp_path, "", *overrides).startswith(message)
 
 
+def short_dialogs(*, training: int, evaluation: int) -> Config:
+    rollout = RolloutConfig(
+        max_prompt_tokens=20, turns=training, max_response_tokens=5, max_feedback_tokens=17
+    )
+    return Config(rollout=rollout, evaluation=EvaluationConfig(turns=evaluation))
+
+
 def test_the_longest_dialog_counts_a_closing_token_before_each_feedback() -> None:
-    rollout = RolloutConfig(max_prompt_tokens=10, turns=3, max_response_tokens=5, max_feedback_tokens=7)
-    assert longest_dialog(rollout) == 10 + 3 * 5 + 2 * (7 + 1)
+    assert longest_dialog(short_dialogs(training=3, evaluation=3)) == 20 + 3 * 5 + 2 * (17 + 1)
+
+
+def test_the_longest_dialog_may_be_one_of_training_or_of_evaluation() -> None:
+    longest = longest_dialog(short_dialogs(training=3, evaluation=3))
+    assert longest_dialog(short_dialogs(training=1, evaluation=3)) == longest
+    assert longest_dialog(short_dialogs(training=3, evaluation=1)) == longest
 
 
 def test_a_context_of_exactly_the_longest_dialog_is_enough() -> None:
-    rollout = RolloutConfig(max_prompt_tokens=10, turns=3, max_response_tokens=5, max_feedback_tokens=7)
-    check_context(rollout, 41)
-    with pytest.raises(ConfigError, match=r"can grow to 41 tokens .* context holds 40; lower one of them"):
-        check_context(rollout, 40)
+    config = short_dialogs(training=3, evaluation=3)
+    check_context(config, 71)
+    with pytest.raises(ConfigError, match=r"can grow to 71 tokens .* context holds 70; lower one of them"):
+        check_context(config, 70)
+
+
+def test_a_bare_word_on_the_command_line_is_read_as_the_settings_type(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "",
+        "rollout.feedback=true",
+        "run.name=7",
+        "executor.allow_missing=mount_namespace,landlock",
+        "run.seed=3",
+    )
+    assert (config.rollout.feedback, config.run.name, config.run.seed) == ("true", "7", 3)
+    assert config.executor.allow_missing == ("mount_namespace", "landlock")
 
 
 def test_the_batch_arithmetic_is_described(tmp_path: Path) -> None:

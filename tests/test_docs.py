@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from rlef import hidden_conventions, prompts
@@ -333,6 +334,7 @@ def learned(episodes: Sequence[Episode]) -> dict[str, float]:
         reference=TorchNetwork(LlamaModel(shape)),
         value=TorchNetwork(LlamaModel(shape, head="value"), optimizer=OptimizerConfig()),
         parallel=ParallelState(
+            device=torch.device("cpu"),
             rank=0,
             world_size=1,
             data_parallel_rank=0,

@@ -26,6 +26,7 @@ WEIGHTS = random_weights(UNTIED)
 # With epsilon 1 AdamW is close to plain gradient descent: see megatron_examples.SMOOTH.
 OPTIMIZER = OptimizerConfig(lr=0.1, value_lr=0.1, eps=1.0, warmup_updates=1, weight_decay=0.0)
 ALONE = ParallelState(
+    device=torch.device("cpu"),
     rank=0,
     world_size=1,
     data_parallel_rank=0,

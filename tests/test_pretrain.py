@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +17,7 @@ from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import Dialog, extract_code
 from rlef.torch_model import LlamaModel
 
-CLEAN = Teacher(corrects=0.15, repeats=0.3, forgets_fence=0.0, breaks=0.0)
+CLEAN = Teacher(forgets_fence=0.0, breaks=0.0)
 
 
 def dialogs(teacher: Teacher, count: int = 600) -> list[tuple[str, list[Message]]]:
@@ -30,25 +30,29 @@ def dialogs(teacher: Teacher, count: int = 600) -> list[tuple[str, list[Message]
     return made
 
 
-def second_programs(teacher: Teacher) -> list[tuple[str, str | None, str | None]]:
-    """(right, first, second) programs of the dialogs whose first response was wrong."""
-    return [
-        (right, extract_code(messages[1].text), extract_code(messages[3].text))
-        for right, messages in dialogs(teacher)
-        if len(messages) > 3
-    ]
+def later_programs(teacher: Teacher) -> list[tuple[str, str | None, str | None]]:
+    """(right program, program, the one after it) for each response that follows feedback."""
+    triples = []
+    for right, messages in dialogs(teacher):
+        codes = [extract_code(message.text) for message in messages if message.role == "response"]
+        triples += [(right, earlier, later) for earlier, later in pairwise(codes)]
+    return triples
 
 
-def test_the_teacher_is_right_after_feedback_about_as_rarely_as_it_says() -> None:
-    programs = second_programs(CLEAN)
-    share = sum(second == right for right, _, second in programs) / len(programs)
-    assert 0.15 < share < 0.27  # 0.15, and 0.55 of guesses of which one in 12 to 18 is right
+def test_the_shipped_teacher_is_right_after_feedback_in_a_tenth_to_a_fifth_of_cases() -> None:
+    programs = later_programs(Teacher())
+    assert 0.1 <= sum(later == right for right, _, later in programs) / len(programs) <= 0.2
+
+
+def test_a_teacher_that_reads_everything_is_right_unless_it_repeats_itself() -> None:
+    programs = later_programs(replace(CLEAN, reads=1.0, repeats=0.0))
+    assert all(later == right for right, _, later in programs)
 
 
 def test_the_teacher_repeats_itself_about_as_often_as_it_says() -> None:
-    programs = second_programs(CLEAN)
-    share = sum(second == first for _, first, second in programs) / len(programs)
-    assert 0.27 < share < 0.42  # 0.3, and guesses that hit the same again
+    programs = later_programs(CLEAN)
+    share = sum(later == earlier for _, earlier, later in programs) / len(programs)
+    assert 0.27 < share < 0.4  # 0.3, and guesses that hit the same again
 
 
 def test_a_dialog_ends_with_the_right_program_or_at_its_last_turn() -> None:
@@ -66,12 +70,12 @@ def test_a_forgotten_fence_leaves_no_code() -> None:
 
 def test_a_broken_program_is_answered_with_what_it_raised() -> None:
     texts = [messages[2].text for _, messages in dialogs(replace(CLEAN, breaks=1.0), count=20)]
-    assert any("it raised:\nSyntaxError" in text for text in texts)
-    assert any("it raised:\nNameError" in text for text in texts)
+    assert any("\nSyntaxError: " in text for text in texts)
+    assert any("\nNameError: " in text for text in texts)
 
 
 def test_the_recipe_reproduces_the_model_from_its_seed(tmp_path: Path) -> None:
-    recipe = replace(Recipe(), steps=3, tokens_per_step=256)
+    recipe = replace(Recipe(), steps=3, tokens_per_step=256, tokenizer_dialogs=100)
     for name in ("one", "two"):
         pretrain(tmp_path / name, recipe, log=lambda _: None)
     files = sorted(file.name for file in (tmp_path / "one").iterdir())
@@ -121,12 +125,3 @@ def test_transformers_reads_the_shipped_tokenizer() -> None:
         tokenizer(text, add_special_tokens=False).input_ids
         == (Dialog.read(folder, RolloutConfig()).response(text)[:-1])
     )
-
-
-@pytest.mark.parametrize("field", ["corrects", "repeats", "forgets_fence", "breaks"])
-def test_the_teachers_shares_are_shares(field: str) -> None:
-    assert 0 <= getattr(Teacher(), field) <= 1
-
-
-def test_the_shipped_teacher_is_right_after_feedback_in_a_tenth_to_a_fifth_of_turns() -> None:
-    assert 0.1 <= Teacher().corrects <= 0.2

@@ -110,7 +110,7 @@ REFUSED = {
     "read_own_memory_file": "print('REACHED', open('/proc/self/mem', 'rb'))",
     "read_own_environment_file": "print('REACHED', open('/proc/self/environ').read())",
     "read_devices": "print('REACHED', open('/dev/kmsg').read())",
-    "list_the_home_folder": "import os\nprint('REACHED', os.listdir('/root'))",
+    "list_the_home_folder": "import os\nprint('REACHED', os.listdir('/home'))",
     "list_temporary_files": "import os\nprint('REACHED', os.listdir('/tmp'))",
     "import_installed_packages": "import pip",
     "walk_up": "print('REACHED', open('../../../../../../etc/hostname').read())",

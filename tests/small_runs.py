@@ -52,6 +52,7 @@ warmup_updates = 2
 weight_decay = 0.0
 
 [evaluation]
+turns = 2
 rollouts_per_problem = 1
 bootstrap_samples = 2
 """
@@ -72,11 +73,10 @@ def small_config(folder: Path, *overrides: str) -> Config:
 def one_process_job() -> Iterator[None]:
     """This process may be a job inside, and another one afterwards."""
     import torch.distributed
-
-    from rlef import megatron_policy
+    from megatron.core import parallel_state
 
     yield
-    megatron_policy.mpu.destroy_model_parallel()
+    parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -85,7 +85,7 @@ def settings(*overrides: str) -> Callable[[Path, Path], list[str]]:
 BAD_INPUT = {
     "unknown setting": (
         settings("ppo.clipratio=0.1"),
-        "unknown setting 'ppo.clipratio'; did you mean 'clip_ratio'?",
+        "unknown setting 'ppo.clipratio'; did you mean 'ppo.clip_ratio'?",
     ),
     "batch arithmetic": (
         settings("rollout.episodes_per_step=9"),
@@ -120,6 +120,8 @@ BAD_INPUT = {
     "half the weights": (model_with_half_of("model.safetensors"), "model.safetensors cannot be read ("),
     "no tokenizer": (model_without("tokenizer.json"), "tokenizer.json is missing"),
     "no role markers": (model_without("dialog.json"), "dialog.json is missing"),
+    "half a tokenizer": (model_with_half_of("tokenizer.json"), "tokenizer.json cannot be read ("),
+    "half the role markers": (model_with_half_of("dialog.json"), "dialog.json is not JSON ("),
     "no problem file": (
         settings("problems.train=absent.jsonl"),
         "problems.train: there is no file 'absent.jsonl'; give a JSONL file or hidden_conventions:train",
@@ -142,7 +144,7 @@ BAD_INPUT = {
     ),
     "a context that is too small": (
         settings("rollout.max_prompt_tokens=400"),
-        "max_feedback_tokens = 112, turns = 2), but the model's context holds 512; lower one of them",
+        "rollout.turns = 2, evaluation.turns = 2), but the model's context holds 512; lower one of them",
     ),
     "no such isolation layer": (
         settings('executor.allow_missing=["moat"]'),
@@ -196,7 +198,7 @@ def test_a_process_that_is_refused_says_no_more_than_its_line(tmp_path: Path) ->
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "rlef: error: unknown setting 'run.sede'; did you mean 'seed'?\n"
+    assert done.stderr == "rlef: error: unknown setting 'run.sede'; did you mean 'run.seed'?\n"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)

@@ -20,8 +20,8 @@ def started(folder: Path, *overrides: str) -> tuple[Config, Path]:
     return config, opened.path
 
 
-def finish(run: Path) -> None:
-    (run / "summary.json").write_text('{"start": {}, "final": {}}')
+def finish(run: Path, *, steps: int = 2) -> None:
+    (run / "summary.json").write_text(json.dumps({"start": {}, "final": {}, "steps": steps}))
 
 
 def error_of(config: Config, resume: str) -> str:
@@ -61,6 +61,13 @@ def test_a_finished_run_is_moved_aside(tmp_path: Path) -> None:
     assert note == f"the earlier run of that name is now in {tmp_path / 'small.1'}"
     assert (tmp_path / "small.1" / "checkpoints" / "step-000001").exists()
     assert [file.name for file in folder.path.iterdir()] == ["config.json"]
+
+
+def test_a_finished_run_with_more_steps_to_do_is_continued(tmp_path: Path) -> None:
+    _, run = started(tmp_path)
+    finish(run, steps=2)
+    _, note = open_run_folder(small_config(tmp_path, "run.steps=3"), resume="auto")
+    assert note == f"continuing the unfinished run in {run}"
 
 
 def test_never_moves_an_unfinished_run_aside_too(tmp_path: Path) -> None:

@@ -76,6 +76,12 @@ def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: b
     )
     if status == 0:
         _show_result(folder.path)
+    elif status != 2:  # which has said what to mend
+        click.echo(
+            f"rlef: error: a process of the run ended with status {status}; "
+            "the same command continues from the last checkpoint",
+            err=True,
+        )
     sys.exit(status)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -110,13 +111,13 @@ class Command:
     def output(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
-    def wait(self, timeout_s: float = 300.0) -> int:
+    def wait(self, timeout_s: float = 600.0) -> int:
         return self.process.wait(timeout_s)
 
-    def wait_until_step(self, step: int, folder: Path, timeout_s: float = 300.0) -> None:
-        """Until the run in `folder` has logged this step; it must still be running then."""
+    def wait_until_step(self, step: int, timeout_s: float = 600.0) -> None:
+        """Until the run has shown this step or a later one; it must still be running then."""
         deadline = time.monotonic() + timeout_s
-        while not any(line["step"] >= step for line in read_lines(folder / "metrics.jsonl")):
+        while not any(int(shown) >= step for shown in re.findall(r"^step (\d+)/", self.output, re.MULTILINE)):
             assert self.process.poll() is None, f"ended before step {step}:\n{self.output[-4000:]}"
             assert time.monotonic() < deadline, f"has not reached step {step}:\n{self.output[-4000:]}"
             time.sleep(0.005)

@@ -2,9 +2,9 @@
 
     python bench/learning.py [--only NAME ...] [--output runs/learning]
 
-Each row is one whole `rlef train` of a run file, evaluated in the same way on the same held-out problems; only
-what the row says is different. A run that is finished is read again and not repeated, one that was cut off
-goes on. The last line is JSON: the figures of each run, and the ratios that say whether it learned.
+Each row is one whole `rlef train` of a run file, evaluated in the same way on the same held-out problems;
+only what the row says is different. A run that is finished is read again and not repeated, one that was cut
+off goes on. The last line is JSON: the figures of each run, and the ratios that say whether it learned.
 """
 
 from __future__ import annotations

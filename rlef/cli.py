@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,7 +55,7 @@ def main() -> None:
 @_errors_in_one_line
 def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: bool) -> None:
     """Train as CONFIG (a TOML file) says, and report."""
-    from rlef.run_folder import open_run_folder
+    from rlef.run_folder import only_one_run, open_run_folder
 
     config = load_config(config_file, (*overrides, *_given_by_torchrun()))
     check_inputs(config)
@@ -65,15 +66,16 @@ def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: b
         return
     if launched_by_torchrun():
         sys.exit(_train_under_torchrun(config, resume))
-    folder, note = open_run_folder(config, resume=resume)
-    if note:
-        click.echo(note)
-    status = run_processes(
-        _train,
-        (config, folder),
-        processes=config.parallel.processes,
-        threads=config.parallel.threads_per_process,
-    )
+    with only_one_run(config):
+        folder, note = open_run_folder(config, resume=resume)
+        if note:
+            click.echo(note)
+        status = run_processes(
+            _train,
+            (config, folder),
+            processes=config.parallel.processes,
+            threads=config.parallel.threads_per_process,
+        )
     if status == 0:
         _show_result(folder.path)
     elif status != 2:  # which has said what to mend
@@ -96,9 +98,10 @@ def evaluate(config_file: Path, overrides: tuple[str, ...], output: Path | None)
     check_inputs(config)
     from rlef.standalone import evaluate_model
 
+    if output is not None:
+        _require_writable(output)
     figures = evaluate_model(config)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_name(output.name + ".partial")
         partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         partial.replace(output)
@@ -118,8 +121,7 @@ def export(run_folder: Path, output: Path, checkpoint: Path | None) -> None:
     from rlef.run_folder import RunFolder, read_run_config
 
     config = read_run_config(run_folder)
-    if (output / "config.json").exists():
-        raise ConfigError(f"{output} already holds a model; name another folder")
+    _require_empty(output)
     folder = RunFolder(path=run_folder, checkpoint=checkpoint)
     status = run_processes(
         _export,
@@ -144,8 +146,7 @@ def pretrain(output: Path, steps: int | None, seed: int | None) -> None:
     from rlef.pretrain import Recipe
     from rlef.pretrain import pretrain as make
 
-    if (output / "config.json").exists():
-        raise ConfigError(f"{output} already holds a model; name another folder")
+    _require_empty(output)
     recipe = Recipe()
     recipe = replace(recipe, steps=steps or recipe.steps, seed=recipe.seed if seed is None else seed)
     make(output, recipe, log=click.echo)
@@ -166,6 +167,29 @@ def report(run_folder: Path) -> None:
     _show_result(run_folder)
 
 
+def _require_writable(file: Path) -> None:
+    """Before minutes of work: the file's folder can be made, and written to."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--output {file} cannot be written ({error.strerror}); name another place"
+        ) from None
+
+
+def _require_empty(output: Path) -> None:
+    """Before hours of work: the folder can be written, and nothing in it is lost."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        occupied = any(output.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written ({error.strerror}); name another folder") from None
+    if occupied:
+        raise ConfigError(f"{output} is not empty; name another folder")
+
+
 def check_inputs(config: Config) -> None:
     """Read the model's shape, the dialog markers and the problem files, and start the sandbox once.
 
@@ -181,7 +205,7 @@ def check_inputs(config: Config) -> None:
     check_weights(folder)
     check_layout(shape, config.parallel, config.parallel.processes)
     check_context(config, shape.max_position_embeddings)
-    Dialog.read(folder, config.rollout)
+    Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
     for setting, source in (
         ("problems.train", config.problems.train),
         ("problems.eval", config.problems.eval),

@@ -94,6 +94,14 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
     )
 
 
+def leave() -> None:
+    """Undo `initialize`, so that this process may be part of another job."""
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def build_networks(
     shape: ModelShape, weights: Mapping[str, Tensor], *, parallel: ParallelConfig, optimizer: OptimizerConfig
 ) -> Networks:

@@ -204,6 +204,16 @@ class Dialog:
             ) from None
         return cls(tokenizer, settings, **markers)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Every token that the tokenizer can give must have its row in the model's embedding."""
+        tokens = self._tokenizer.get_vocab_size()
+        if tokens > vocab_size:
+            raise ConfigError(
+                f"model.path: tokenizer.json has {tokens} tokens, but config.json says vocab_size = "
+                f"{vocab_size}; "
+                "use the tokenizer that belongs to the model"
+            )
+
     def prompt(self, statement: str) -> list[int]:
         """Token ids of the first message, cut on the left to `max_prompt_tokens`."""
         return [

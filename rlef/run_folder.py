@@ -3,8 +3,10 @@ overwritten."""
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,18 @@ from rlef.config import Config, ConfigError, explain
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
-# What may differ between a run and its continuation, because no weight depends on it.
-_FREE_TO_CHANGE = {"run.steps", "run.output_dir", "run.name", "parallel.timeout_s"}
-_FREE_SECTIONS = {"checkpoint", "evaluation", "executor"}
+# What may differ between a run and its continuation, because no weight and no figure depends on it.
+_FREE_TO_CHANGE = {
+    "run.steps",
+    "run.output_dir",
+    "run.name",
+    "parallel.timeout_s",
+    "executor.workers",
+    "executor.allow_missing",
+    "evaluation.every_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +42,32 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
+
+
+@contextmanager
+def only_one_run(config: Config) -> Iterator[None]:
+    """Hold the run's name on this machine, so that a second command cannot write to the same folder.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    directory = Path(config.run.output_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / f".{config.run.name}.lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir: {directory} cannot be written ({error.strerror}); name another folder"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run.name: a run {config.run.name!r} is under way in {directory}; "
+                "wait for it, or name another"
+            ) from None
+        yield
 
 
 def open_run_folder(config: Config, *, resume: str) -> tuple[RunFolder, str | None]:
@@ -110,7 +147,7 @@ def _require_same_settings(path: Path, config: Config) -> None:
         _flatten(config.model_dump(mode="json")),
     )
     for name, value in wanted.items():
-        if name in _FREE_TO_CHANGE or name.split(".")[0] in _FREE_SECTIONS or saved.get(name) == value:
+        if name in _FREE_TO_CHANGE or saved.get(name) == value:
             continue
         raise ConfigError(
             f"{name} = {value!r}, but the run in {path} was started with {saved.get(name)!r}; use that, "

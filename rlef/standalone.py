@@ -6,13 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from rlef import problems as sources
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError
 from rlef.evaluate import evaluate, evaluation_seed, summarise
-from rlef.megatron_policy import build_networks
+from rlef.megatron_policy import build_networks, leave
 from rlef.pretrained import model_folder, read_pretrained, read_token_ids, write_pretrained
 from rlef.prompts import Dialog
 from rlef.rollout import collect
@@ -85,5 +83,5 @@ def export_policy(config: Config, folder: RunFolder, output: Path) -> int:
         for name in _TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copyfile(source / name, output / name)
-    dist.destroy_process_group()
+    leave()
     return 0

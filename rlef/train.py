@@ -28,7 +28,7 @@ from rlef.evaluate import (
     write_summary,
 )
 from rlef.learner import Learner
-from rlef.megatron_policy import build_networks, initialize
+from rlef.megatron_policy import build_networks, initialize, leave
 from rlef.ports import Networks, SamplingParams
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.problems import Cursor
@@ -106,7 +106,7 @@ class Run:
         self.networks: Networks = build_networks(
             shape, weights, parallel=config.parallel, optimizer=config.optimizer
         )
-        stack.callback(_leave_job)
+        stack.callback(leave)
         self.sampler = TorchSampler(
             shape,
             end_token_id=self.dialog.end_token_id,
@@ -299,8 +299,3 @@ def _executor_workers(config: Config) -> int:
     """This process's share of the machine's cores, unless the setting says otherwise."""
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return config.executor.workers or max(1, len(os.sched_getaffinity(0)) // processes_here)
-
-
-def _leave_job() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -73,13 +73,10 @@ def small_config(folder: Path, *overrides: str) -> Config:
 @contextlib.contextmanager
 def one_process_job() -> Iterator[None]:
     """This process may be a job inside, and another one afterwards."""
-    import torch.distributed
-    from megatron.core import parallel_state
+    from rlef.megatron_policy import leave
 
     yield
-    parallel_state.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:

@@ -250,7 +250,7 @@ def test_a_run_ends_with_a_table_and_a_report_and_the_next_one_moves_it_aside(
         (("report", "{empty}"), "summary.json is missing"),
         (("export", "{empty}", "{empty}/out"), "is not a run's folder: it has no config.json"),
         (("export", "{empty}", "{model}"), "is not a run's folder"),
-        (("pretrain", "{model}"), "already holds a model; name another folder"),
+        (("pretrain", "{model}"), "is not empty; name another folder"),
         (("eval", "{empty}/absent.toml"), "there is no run file"),
     ],
 )

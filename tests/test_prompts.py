@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -156,3 +159,35 @@ def test_a_role_marker_that_the_tokenizer_lacks_is_named() -> None:
     tokenizer = Tokenizer.from_file(str(model_folder("embedded") / "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"dialog.json: the tokenizer has no token '<user>'"):
         Dialog(tokenizer, RolloutConfig(), user="<user>", assistant="<|assistant|>", end="<|end|>")
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused() -> None:
+    shown = dialog()
+    shown.check_vocabulary(512)
+    with pytest.raises(
+        ConfigError, match=r"tokenizer.json has \d+ tokens, but config.json says vocab_size = 100"
+    ):
+        shown.check_vocabulary(100)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"user": "<|user|>"}', "must name one token each for user, assistant, end, and nothing else"),
+        ('["user"]', "must name one token each for user, assistant, end, and nothing else"),
+    ],
+)
+def test_a_bad_dialog_file_is_reported_with_its_name(tmp_path: Path, text: str, message: str) -> None:
+    shutil.copy(model_folder("embedded") / "tokenizer.json", tmp_path)
+    (tmp_path / "dialog.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"dialog.json {message}"):
+        Dialog.read(tmp_path, RolloutConfig())
+
+
+def test_a_truncated_tokenizer_is_reported_with_its_name(tmp_path: Path) -> None:
+    shutil.copy(model_folder("embedded") / "dialog.json", tmp_path)
+    text = (model_folder("embedded") / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text[:1000], encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"tokenizer.json cannot be read .*; copy it again"):
+        Dialog.read(tmp_path, RolloutConfig())

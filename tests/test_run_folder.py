@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from rlef.config import Config, ConfigError
-from rlef.run_folder import open_run_folder, read_run_config
+from rlef.run_folder import only_one_run, open_run_folder, read_run_config
 from tests.small_runs import small_config
 
 
@@ -173,3 +175,28 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = error_of(small_config(tmp_path, f"run.output_dir={tmp_path}/file"), "auto")
     assert message.startswith(f"run.output_dir: {tmp_path}/file/small cannot be written (Not a directory)")
+
+
+def test_a_run_that_is_under_way_is_not_started_a_second_time(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    with (
+        only_one_run(config),
+        pytest.raises(
+            ConfigError, match=r"run.name: a run 'small' is under way in .*; wait for it, or name another"
+        ),
+        only_one_run(config),
+    ):
+        raise AssertionError("the second run must not begin")
+    with only_one_run(config):
+        pass  # free again
+
+
+def test_a_process_that_was_killed_holds_no_name(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    child = os.fork()
+    if child == 0:
+        with only_one_run(config):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with only_one_run(config):
+        pass

@@ -109,7 +109,7 @@ def test_evaluating_the_exported_policy_gives_the_runs_own_final_figures(
 def test_a_folder_that_holds_a_model_is_not_overwritten(finished: Finished) -> None:
     result = rlef("export", str(finished.run), str(finished.exported))
     assert result.exit_code == 2
-    assert result.stderr == f"rlef: error: {finished.exported} already holds a model; name another folder\n"
+    assert result.stderr == f"rlef: error: {finished.exported} is not empty; name another folder\n"
 
 
 def test_a_run_without_a_checkpoint_cannot_be_exported(finished: Finished, tmp_path: Path) -> None:

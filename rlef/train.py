@@ -55,9 +55,7 @@ def train(config: Config, folder: RunFolder) -> int:
         while step < config.run.steps and not stopping.agreed():
             problems = run.cursor.take(config.rollout.episodes_per_step)
             collection = run.collect_training(problems, step)
-            learned = run.learner.step(
-                collection.episodes, train_policy=step >= config.ppo.value_warmup_steps
-            )
+            learned = run.learn(collection.episodes, step)
             step += 1
             run.sampler.push(run.networks.policy.named_weights(), version=step)
             run.telemetry.step(StepStats(step=step, metrics=run.metrics(collection) | learned))
@@ -172,6 +170,10 @@ class Run:
         )
         numbers = range(first, first + len(problems))
         return self._collect(problems, numbers, params, turns=rollout.turns, feedback=rollout.feedback)
+
+    def learn(self, episodes: Sequence[Episode], step: int) -> dict[str, float]:
+        with self.telemetry.timer.phase("learning"):
+            return self.learner.step(episodes, train_policy=step >= self._config.ppo.value_warmup_steps)
 
     def metrics(self, collection: Collection) -> dict[str, float]:
         return episode_metrics(collection.episodes, self._config.rewards) | {

@@ -306,7 +306,7 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     metrics = episode_metrics(episodes, RewardConfig()) | learned(episodes)
     metrics |= {"tests_run": 2.0, "seconds/sampling": 1.0, "seconds/executing": 1.0}  # by train.Run.metrics
     with Telemetry(tmp_path, name="run", total_steps=1) as telemetry:
-        for phase in BETWEEN_STEPS:
+        for phase in (*BETWEEN_STEPS, "learning"):  # the last by train.Run.learn
             with telemetry.timer.phase(phase):
                 pass
         telemetry.step(StepStats(step=1, metrics=metrics))

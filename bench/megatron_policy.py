@@ -26,23 +26,10 @@ from rlef.config import OptimizerConfig, ParallelConfig, PPOConfig
 from rlef.losses import policy_loss
 from rlef.megatron_policy import MegatronNetwork, initialize
 from rlef.ports import Network
-from rlef.records import Batch, ModelShape
+from rlef.pretrain import SHAPE
+from rlef.records import Batch
 from rlef.torch_model import LlamaModel, initialise
 from rlef.torch_policy import TorchNetwork
-
-SHAPE = ModelShape(
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=256,
-    rope_theta=10_000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-)
 
 
 def random_pack(sequences: int, seed: int) -> Batch:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -19,12 +18,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import torch
 import torch.distributed
 
-from rlef.config import ConfigError
+from rlef.config import Config, ConfigError
+from rlef.files import sync, write_text
+from rlef.ports import ParallelState
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -94,6 +95,17 @@ class CheckpointStore:
         self._world_size = world_size
         self._layout = {"parallel.processes": world_size, **(layout or {})}
 
+    @classmethod
+    def of_run(cls, directory: Path, config: Config, parallel: ParallelState) -> Self:
+        """The store of a run with these settings, for this process."""
+        return cls(
+            directory,
+            keep=config.checkpoint.keep,
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+            layout={"parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline},
+        )
+
     def save(self, step: int, rank_state: Mapping[str, Any], shared: Mapping[str, Any]) -> Path:
         """Write this process's `rank_state` and, from rank 0, what is the same for all.
 
@@ -155,10 +167,7 @@ class CheckpointStore:
             "layout": self._layout,
             "files": [asdict(file) for file in files],
         }
-        with (writing / MANIFEST).open("wb") as manifest_file:
-            manifest_file.write(json.dumps(manifest, indent=1).encode())
-            _sync(manifest_file)
-        _sync_directory(writing)
+        write_text(writing / MANIFEST, json.dumps(manifest, indent=1))
 
         final = self._directory / _name(step)
         for path in self._newest_first():
@@ -170,7 +179,7 @@ class CheckpointStore:
                 self._remove(replaced)
             final.rename(replaced)
         writing.rename(final)
-        _sync_directory(self._directory)
+        sync(self._directory)
 
         whole = [path for path in self._newest_first() if path.name.startswith("step-")]
         for path in self._newest_first():
@@ -282,21 +291,8 @@ def _write(path: Path, state: Mapping[str, Any]) -> _File:
     with path.open("wb") as file:
         hashing = _HashingFile(file)
         torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it only needs write and flush
-        _sync(file)
+    sync(path)
     return _File(name=path.name, bytes=hashing.bytes, sha256=hashing.hash.hexdigest())
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_manifest(path: Path) -> _Manifest:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import click
 
 from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
+from rlef.files import write_text
 from rlef.launch import launched_by_torchrun, run_processes
 from rlef_sandbox import Executor, SandboxFault
 
@@ -102,9 +103,7 @@ def evaluate(config_file: Path, overrides: tuple[str, ...], output: Path | None)
         _require_writable(output)
     figures = evaluate_model(config)
     if output is not None:
-        partial = output.with_name(output.name + ".partial")
-        partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        partial.replace(output)
+        write_text(output, json.dumps(figures, indent=1) + "\n")
     for name, (low, high) in figures["intervals"].items():
         click.echo(f"{name:>22}  {figures[name]:.3f}  [{low:.3f}, {high:.3f}]")
 
@@ -206,11 +205,7 @@ def check_inputs(config: Config) -> None:
     check_layout(shape, config.parallel, config.parallel.processes)
     check_context(config, shape.max_position_embeddings)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
-    for setting, source in (
-        ("problems.train", config.problems.train),
-        ("problems.eval", config.problems.eval),
-    ):
-        problems.load(source, seed=config.problems.seed, size=1, defaults=config.executor, setting=setting)
+    problems.check(config)
     try:
         Executor(workers=1, allow_missing=config.executor.allow_missing).close()
     except (ValueError, SandboxFault) as error:

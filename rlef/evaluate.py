@@ -29,7 +29,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from rlef.config import EvaluationConfig, FeedbackKind, RewardConfig
+from rlef.config import Config, FeedbackKind, RewardConfig
+from rlef.files import write_text
 from rlef.ports import SamplingParams
 from rlef.prompts import Dialog
 from rlef.records import Episode, Problem, Turn, TurnOutcome
@@ -45,12 +46,8 @@ _FEEDBACK: Mapping[str, FeedbackKind] = {
     SINGLE_TURN: "none",
 }
 CONDITIONS = tuple(_FEEDBACK)
+_SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training draws
 _BROWSED = ("true_feedback", "random_feedback")  # conditions whose dialogs go into the report
-
-
-def evaluation_seed(run_seed: int) -> int:
-    """Evaluation must not draw the numbers that training draws."""
-    return run_seed + 1_000_003
 
 
 class Rollouts(Protocol):
@@ -98,23 +95,24 @@ def evaluate(
     problems: Sequence[Problem],
     *,
     rollouts: Rollouts,
-    settings: EvaluationConfig,
-    rewards: RewardConfig,
-    turns: int,
-    max_response_tokens: int,
-    seed: int,
+    config: Config,
     samples: int = 24,
 ) -> Evaluation:
     """Run the four conditions.
 
     The three kinds of dialog share their random numbers: their first turns are equal, and what differs
-    afterwards is the feedback's doing. Two evaluations with one seed share them too, so that before and after
-    are compared on the same draws and show the same samples. Single responses are `turns` per dialog: the
-    budget is the same everywhere.
+    afterwards is the feedback's doing. Two evaluations of one run share them too, so that before and after
+    are compared on the same draws and show the same samples. Single responses are as many per dialog as it
+    has turns: the budget is the same everywhere.
     """
     started = time.monotonic()
+    settings, turns = config.evaluation, config.evaluation.turns
+    seed = config.run.seed + _SEED_OFFSET
     params = SamplingParams(
-        temperature=settings.temperature, top_p=settings.top_p, max_tokens=max_response_tokens, seed=seed
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_tokens=config.rollout.max_response_tokens,
+        seed=seed,
     )
     dialogs = len(problems) * settings.rollouts_per_problem
     reports: dict[str, EvaluationReport] = {}
@@ -135,7 +133,7 @@ def evaluate(
             episodes,
             condition=condition,
             turns=turns,
-            rewards=rewards,
+            rewards=config.rewards,
             resamples=settings.bootstrap_samples,
             generator=np.random.default_rng([seed, index]),
         )
@@ -310,10 +308,7 @@ def run_summary(
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """As a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.writing")
-    writing.write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    writing.rename(path)
+    write_text(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
 
 
 def _tally(episodes: Sequence[Episode], *, first_only: bool) -> list[Tally]:

@@ -26,7 +26,7 @@ from rlef import megatron_cpu
 from rlef.attention import packed_attention
 from rlef.config import OptimizerConfig, ParallelConfig
 from rlef.losses import token_logprobs
-from rlef.ports import LossFunction, Networks, ParallelState, UpdateStats
+from rlef.ports import LossFunction, Networks, ParallelState, UpdateStats, combine_statistics
 from rlef.records import Batch, ModelShape
 from rlef.torch_model import rotary_tables, rotate
 from rlef.weights import Head, check_layout, gather_huggingface, load_huggingface, stage_weights
@@ -544,7 +544,7 @@ def _transformer_config(shape: ModelShape) -> TransformerConfig:
 
 def _over_all_ranks(collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
     """Statistics of all micro-batches of all data-parallel ranks, equal on every rank of the job."""
-    own = _combine({name: float(number) for name, number in item.items()} for item in collected)
+    own = combine_statistics(collected)
     world_size = torch.distributed.get_world_size()
     if world_size == 1:
         return own
@@ -552,20 +552,7 @@ def _over_all_ranks(collected: Sequence[Mapping[str, Tensor]]) -> dict[str, floa
         own = {}  # the same as on tensor parallel rank 0
     gathered: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(gathered, own)
-    return _combine(gathered)
-
-
-def _combine(items: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for item in items:
-        for name, number in item.items():
-            if name not in total:
-                total[name] = number
-            elif name.endswith("_max"):
-                total[name] = max(total[name], number)
-            else:
-                total[name] += number
-    return total
+    return combine_statistics(gathered)
 
 
 def _single_token() -> Batch:

@@ -63,8 +63,21 @@ LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
 `outputs` are a policy's logits `[tokens, vocab / tensor parallel size]` or a value network's values
 `[values]`. The loss must already be divided by whatever it is normalised by over the *whole* update (all
 micro-batches, all data-parallel ranks): engines add micro-batches and ranks up and divide by nothing.
-Statistics are added up in the same way, except those whose name ends in `_max`, of which the largest is
-kept."""
+Statistics go together as in `combine_statistics`."""
+
+
+def combine_statistics(items: Iterable[Mapping[str, Tensor | float]]) -> dict[str, float]:
+    """Sums by name, except that of those whose name ends in `_max` the largest is kept."""
+    combined: dict[str, float] = {}
+    for item in items:
+        for name, value in item.items():
+            if name not in combined:
+                combined[name] = float(value)
+            elif name.endswith("_max"):
+                combined[name] = max(combined[name], float(value))
+            else:
+                combined[name] += float(value)
+    return combined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ alone."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlef.config import ConfigError
+from rlef.files import replacing, write_text
 from rlef.records import ModelShape
 
 EMBEDDED = "embedded"
@@ -120,7 +120,7 @@ def write_pretrained(
     pad_token_id: int,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write `config.json` and `model.safetensors`, each to a temporary name first and then renamed."""
+    """Write `config.json` and `model.safetensors`; each is whole or not there."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": [_ARCHITECTURE],
@@ -146,21 +146,9 @@ def write_pretrained(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     contiguous = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
-    temporary = folder / "model.safetensors.partial"
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    _publish(temporary, folder / "model.safetensors")
-    temporary = folder / "config.json.partial"
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    _publish(temporary, folder / "config.json")
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(final)
+    with replacing(folder / "model.safetensors") as writing:
+        save_file(contiguous, writing, metadata={"format": "pt"})
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def read_token_ids(folder: Path) -> tuple[int, int]:

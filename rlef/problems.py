@@ -22,14 +22,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlef import hidden_conventions
-from rlef.config import ConfigError, ExecutorConfig
+from rlef.config import Config, ConfigError, ExecutorConfig
+from rlef.files import replacing
 from rlef.records import Problem
 from rlef_sandbox import Test
+
+Part = Literal["train", "eval"]
 
 _EMBEDDED_PREFIX = "hidden_conventions:"
 
@@ -54,12 +57,11 @@ class _ProblemRow(BaseModel):
     solutions: list[str] = []
 
 
-def load(source: str, *, seed: int, size: int, defaults: ExecutorConfig, setting: str) -> list[Problem]:
-    """All problems of a source: a path to a JSONL file, or `hidden_conventions:train` / `:heldout`.
-
-    `seed` and `size` are for the embedded source, which is generated; a file is taken whole. `setting` names
-    the configuration key in errors (`ConfigError`).
-    """
+def load(config: Config, part: Part) -> list[Problem]:
+    """All problems of `problems.train` or `problems.eval`: of a JSONL file, or as many of the embedded source
+    as the settings say. A `ConfigError` names the setting."""
+    setting = f"problems.{part}"
+    source: str = getattr(config.problems, part)
     if source.startswith(_EMBEDDED_PREFIX):
         split = source.removeprefix(_EMBEDDED_PREFIX)
         if split not in hidden_conventions.SPLITS:
@@ -67,16 +69,24 @@ def load(source: str, *, seed: int, size: int, defaults: ExecutorConfig, setting
                 f"{setting}: {source!r} is not a split of the embedded source; use one of "
                 + ", ".join(_EMBEDDED_PREFIX + name for name in hidden_conventions.SPLITS)
             )
-        return list(hidden_conventions.generate(split, seed=seed, size=size))
+        size: int = getattr(config.problems, f"{part}_size")
+        return list(hidden_conventions.generate(split, seed=config.problems.seed, size=size))
     path = Path(source)
     if not path.is_file():
         raise ConfigError(
             f"{setting}: there is no file {source!r}; give a JSONL file or hidden_conventions:train"
         )
-    problems = list(read_jsonl(path, defaults=defaults))
+    problems = list(read_jsonl(path, defaults=config.executor))
     if not problems:
         raise ConfigError(f"{setting}: {path} holds no problem; put one JSON object on each line")
     return problems
+
+
+def check(config: Config) -> None:
+    """Raises what `load` would, without making the problems of the embedded source."""
+    one_each = config.problems.model_copy(update={"train_size": 1, "eval_size": 1})
+    for part in get_args(Part):
+        load(config.model_copy(update={"problems": one_each}), part)
 
 
 def read_jsonl(path: Path, *, defaults: ExecutorConfig) -> Iterator[Problem]:
@@ -106,9 +116,8 @@ def read_jsonl(path: Path, *, defaults: ExecutorConfig) -> Iterator[Problem]:
 
 
 def write_jsonl(path: Path, problems: Iterator[Problem]) -> None:
-    """The inverse of `read_jsonl`: written beside the target first, then renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    """The inverse of `read_jsonl`. The file is whole or not there."""
+    with replacing(path) as writing, writing.open("w", encoding="utf-8") as file:
         for problem in problems:
             row = {
                 "id": problem.id,
@@ -121,7 +130,6 @@ def write_jsonl(path: Path, problems: Iterator[Problem]) -> None:
                 "solutions": list(problem.solutions),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
+from rlef.files import write_text
 from rlef.records import StepStats, TurnOutcome
 from rlef.telemetry import BETWEEN_STEPS, METRICS_FILE, SECONDS, read_metrics
 
@@ -140,7 +141,7 @@ def write_report(directory: Path) -> Path:
         dialogs=read_dialogs(dialogs) if dialogs.exists() else [],
     )
     path = directory / REPORT_FILE
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
@@ -217,10 +218,7 @@ def save_dialogs(path: Path, phase: str, examples: Sequence[DialogExample]) -> N
     """Put the examples of `phase` into `dialogs.jsonl`, in place of earlier ones of the same phase."""
     others = [example for example in read_dialogs(path) if example.phase != phase] if path.exists() else []
     lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in (*others, *examples)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.writing")
-    writing.write_text("".join(lines), encoding="utf-8")
-    writing.rename(path)
+    write_text(path, "".join(lines))
 
 
 def read_dialogs(path: Path) -> list[DialogExample]:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlef.config import Config, ConfigError, explain
+from rlef.files import write_text
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -113,9 +114,7 @@ def _start_anew(path: Path, config: Config) -> str | None:
         path.rename(aside)
         note = f"the earlier run of that name is now in {aside}"
     path.mkdir(parents=True)
-    partial = path / (CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-    partial.rename(path / CONFIG_FILE)
+    write_text(path / CONFIG_FILE, json.dumps(config.model_dump(mode="json"), indent=2) + "\n")
     return note
 
 

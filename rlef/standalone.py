@@ -9,7 +9,7 @@ from typing import Any
 from rlef import problems as sources
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError
-from rlef.evaluate import evaluate, evaluation_seed, summarise
+from rlef.evaluate import evaluate, summarise
 from rlef.megatron_policy import build_networks, leave
 from rlef.pretrained import model_folder, read_pretrained, read_token_ids, write_pretrained
 from rlef.prompts import Dialog
@@ -28,18 +28,11 @@ def evaluate_model(config: Config) -> dict[str, Any]:
     dialog = Dialog.read(folder, config.rollout)
     sampler = TorchSampler(shape, end_token_id=dialog.end_token_id, slots=config.rollout.slots)
     sampler.push(weights.items(), version=0)
-    problems = sources.load(
-        config.problems.eval,
-        seed=config.problems.seed,
-        size=config.problems.eval_size,
-        defaults=config.executor,
-        setting="problems.eval",
-    )
     with Executor(
         workers=config.executor.workers or None, allow_missing=config.executor.allow_missing
     ) as executor:
         evaluation = evaluate(
-            problems,
+            sources.load(config, "eval"),
             rollouts=lambda problems, **settings: (
                 collect(
                     problems,
@@ -50,11 +43,7 @@ def evaluate_model(config: Config) -> dict[str, Any]:
                     **settings,
                 ).episodes
             ),
-            settings=config.evaluation,
-            rewards=config.rewards,
-            turns=config.evaluation.turns,
-            max_response_tokens=config.rollout.max_response_tokens,
-            seed=evaluation_seed(config.run.seed),
+            config=config,
         )
     return summarise(evaluation)
 
@@ -65,13 +54,7 @@ def export_policy(config: Config, folder: RunFolder, output: Path) -> int:
     source = model_folder(config.model.path)
     shape, weights = read_pretrained(source)
     networks = build_networks(shape, weights, parallel=config.parallel, optimizer=config.optimizer)
-    store = CheckpointStore(
-        folder.checkpoints,
-        keep=config.checkpoint.keep,
-        rank=networks.parallel.rank,
-        world_size=networks.parallel.world_size,
-        layout={"parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline},
-    )
+    store = CheckpointStore.of_run(folder.checkpoints, config, networks.parallel)
     checkpoint = store.load(folder.checkpoint) if folder.checkpoint else store.load_latest()
     if checkpoint is None:
         raise ConfigError(f"{folder.path} has no checkpoint yet; let the run save one first")

@@ -34,6 +34,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlef.files import replacing
 from rlef.records import StepStats
 
 METRICS_FILE = "metrics.jsonl"
@@ -110,13 +111,15 @@ class MetricsLog:
         if not path.exists() or path.read_bytes() != content:
             # A whole new file takes the old one's place, so that a crash here cannot lose the steps that
             # count.
-            fresh = path.with_name(f".{path.name}.writing")
-            _write_durably(fresh, content, "wb")
-            fresh.rename(path)
+            with replacing(path) as writing:
+                writing.write_bytes(content)
 
     def append(self, stats: StepStats) -> None:
         assert stats.step > self._last_step, f"step {stats.step} after step {self._last_step}"
-        _write_durably(self._path, _line(stats), "ab")
+        with self._path.open("ab") as file:
+            file.write(_line(stats))
+            file.flush()
+            os.fsync(file.fileno())
         self._last_step = stats.step
 
 
@@ -267,10 +270,3 @@ def _parse(line: bytes, number: int, path: Path) -> StepStats:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path}, line {number}: not a step's metrics; delete the line") from None
     return StepStats(step=step, metrics=metrics)
-
-
-def _write_durably(path: Path, data: bytes, mode: str) -> None:
-    with path.open(mode) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlef.config import OptimizerConfig
 from rlef.losses import token_logprobs
-from rlef.ports import LossFunction, UpdateStats
+from rlef.ports import LossFunction, UpdateStats, combine_statistics
 from rlef.records import Batch
 from rlef.torch_model import LlamaModel
 
@@ -45,12 +45,11 @@ class TorchNetwork:
             raise ValueError("a frozen network cannot be updated; build it with an optimizer")
         settings = self._settings
         self._optimizer.zero_grad()
-        statistics: dict[str, Tensor] = {}
+        statistics: list[dict[str, Tensor]] = []
         for index, batch in enumerate(micro_batches):
             loss_sum, stats = loss(self._outputs(batch), index)
             loss_sum.backward()  # type: ignore[no-untyped-call]
-            for name, value in stats.items():
-                _merge(statistics, name, value.detach().double())
+            statistics.append({name: value.detach() for name, value in stats.items()})
         parameters = list(self._model.parameters())
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
         lr = self._lr * min(1.0, (self._updates + 1) / max(1, settings.warmup_updates))
@@ -61,7 +60,7 @@ class TorchNetwork:
             self._optimizer.step()
         self._updates += 1
         return UpdateStats(
-            statistics={name: float(value) for name, value in statistics.items()},
+            statistics=combine_statistics(statistics),
             grad_norm=float(grad_norm),
             learning_rate=lr,
             skipped=skipped,
@@ -89,12 +88,3 @@ class TorchNetwork:
     def _score(self, batch: Batch) -> Tensor:
         outputs = self._outputs(batch)
         return outputs if self._model.head == "value" else token_logprobs(outputs, batch)
-
-
-def _merge(statistics: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name not in statistics:
-        statistics[name] = value
-    elif name.endswith("_max"):
-        statistics[name] = torch.maximum(statistics[name], value)
-    else:
-        statistics[name] = statistics[name] + value

@@ -22,7 +22,6 @@ from rlef.evaluate import (
     dialog_examples,
     episode_metrics,
     evaluate,
-    evaluation_seed,
     run_summary,
     summarise,
     write_summary,
@@ -113,18 +112,12 @@ class Run:
         )
         self.sampler.push(weights.items(), version=0)
         self.learner = Learner(self.networks, ppo=config.ppo, rewards=config.rewards)
-        self.cursor = Cursor(self._problems("train"), seed=config.run.seed)
-        self._eval_problems = self._problems("eval")
+        self.cursor = Cursor(sources.load(config, "train"), seed=config.run.seed)
+        self._eval_problems = sources.load(config, "eval")
         self._executor = stack.enter_context(
             Executor(workers=_executor_workers(config), allow_missing=config.executor.allow_missing)
         )
-        self._store = CheckpointStore(
-            folder.checkpoints,
-            keep=config.checkpoint.keep,
-            rank=self.networks.parallel.rank,
-            world_size=self.networks.parallel.world_size,
-            layout={"parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline},
-        )
+        self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
         self._stack = stack
 
     def resume(self) -> int:
@@ -189,11 +182,7 @@ class Run:
             evaluation = evaluate(
                 self._eval_problems,
                 rollouts=self._evaluation_episodes,
-                settings=config.evaluation,
-                rewards=config.rewards,
-                turns=config.evaluation.turns,
-                max_response_tokens=config.rollout.max_response_tokens,
-                seed=evaluation_seed(config.run.seed),
+                config=config,
             )
         if self.networks.parallel.rank != 0:
             return
@@ -249,16 +238,6 @@ class Run:
             params=params,
             turns=turns,
             feedback=feedback,
-        )
-
-    def _problems(self, which: str) -> list[Problem]:
-        settings = self._config.problems
-        return sources.load(
-            settings.train if which == "train" else settings.eval,
-            seed=settings.seed,
-            size=settings.train_size if which == "train" else settings.eval_size,
-            defaults=self._config.executor,
-            setting=f"problems.{which}",
         )
 
     def _seconds(self) -> float:

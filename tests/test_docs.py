@@ -364,11 +364,7 @@ def test_every_figure_of_the_summary_is_documented() -> None:
     evaluation = evaluate(
         [problem],
         rollouts=rollouts,
-        settings=EvaluationConfig(rollouts_per_problem=1, bootstrap_samples=1),
-        rewards=RewardConfig(),
-        turns=3,
-        max_response_tokens=1,
-        seed=0,
+        config=Config(evaluation=EvaluationConfig(rollouts_per_problem=1, bootstrap_samples=1)),
     )
     figures = summarise(evaluation)
     assert set(figures) == documented

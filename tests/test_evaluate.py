@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from rlef.config import EvaluationConfig, FeedbackKind, RewardConfig, RolloutConfig
+from rlef.config import Config, EvaluationConfig, FeedbackKind, RewardConfig, RolloutConfig, RunConfig
 from rlef.evaluate import (
     CONDITIONS,
     EvaluationReport,
@@ -115,11 +115,11 @@ def evaluate_recorded(
     return evaluate(
         [problem(name) for name in names],
         rollouts=rollouts,
-        settings=EvaluationConfig(rollouts_per_problem=rollouts_per_problem, bootstrap_samples=10),
-        rewards=RewardConfig(),
-        turns=3,
-        max_response_tokens=5,
-        seed=7,
+        config=Config(
+            run=RunConfig(seed=7),
+            rollout=RolloutConfig(max_response_tokens=5),
+            evaluation=EvaluationConfig(rollouts_per_problem=rollouts_per_problem, bootstrap_samples=10),
+        ),
         samples=samples,
     )
 
@@ -201,7 +201,8 @@ def test_dialogs_share_their_random_numbers_and_single_responses_have_their_own(
         assert (names, numbers) == (["a", "a", "b", "b"], [0, 1, 2, 3])
     _, turns, names, numbers, params = singles
     assert (turns, names, numbers) == (1, ["a"] * 6 + ["b"] * 6, list(range(4, 16)))
-    assert params == SamplingParams(temperature=0.2, top_p=0.95, max_tokens=5, seed=7)
+    not_the_seed_of_training = 1_000_010
+    assert params == SamplingParams(temperature=0.2, top_p=0.95, max_tokens=5, seed=not_the_seed_of_training)
 
 
 def test_the_conditions_are_told_apart() -> None:
@@ -267,11 +268,7 @@ def test_a_sampled_dialog_reads_as_prompt_response_feedback_response() -> None:
     evaluation = evaluate(
         [problem("a")],
         rollouts=rollouts,
-        settings=EvaluationConfig(rollouts_per_problem=1, bootstrap_samples=1),
-        rewards=RewardConfig(),
-        turns=3,
-        max_response_tokens=5,
-        seed=0,
+        config=Config(evaluation=EvaluationConfig(rollouts_per_problem=1, bootstrap_samples=1)),
     )
     true, random = dialog_examples(evaluation, [problem("a")], phase="start", dialog=dialog)
     assert (true.condition, random.condition) == ("true_feedback", "random_feedback")

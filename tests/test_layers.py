@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from lower floors only, so modules of one floor do not know each other.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
-    frozenset({"config", "records"}),
+    frozenset({"config", "files", "records"}),
     frozenset({"ports"}),
     frozenset({"advantages", "losses", "packing", "prompts", "rewards", "solve_rate"}),
     frozenset({"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}),

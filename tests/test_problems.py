@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlef.config import ConfigError, ExecutorConfig
+from rlef.config import Config, ConfigError, ExecutorConfig, ProblemsConfig
 from rlef.hidden_conventions import generate
-from rlef.problems import Cursor, load, read_jsonl, write_jsonl
+from rlef.problems import Cursor, check, load, read_jsonl, write_jsonl
 from rlef_sandbox import Test
 
 GOOD = {
@@ -89,13 +89,26 @@ def test_an_empty_file_is_an_error_that_says_what_to_put_in(tmp_path: Path) -> N
     with pytest.raises(
         ConfigError, match=r"problems.train: .* holds no problem; put one JSON object on each line"
     ):
-        load(str(path), seed=0, size=1, defaults=ExecutorConfig(), setting="problems.train")
+        load(Config(problems=ProblemsConfig(train=str(path))), "train")
 
 
 def test_a_missing_file_and_an_unknown_split_name_the_setting() -> None:
     for source in ("nowhere.jsonl", "hidden_conventions:test"):
         with pytest.raises(ConfigError, match=r"problems.eval: .*hidden_conventions:train"):
-            load(source, seed=0, size=1, defaults=ExecutorConfig(), setting="problems.eval")
+            load(Config(problems=ProblemsConfig(eval=source)), "eval")
+
+
+def test_a_check_finds_the_errors_of_both_sources() -> None:
+    check(Config())
+    for part in ("train", "eval"):
+        with pytest.raises(ConfigError, match=rf"problems.{part}: there is no file 'nowhere.jsonl'"):
+            check(Config(problems=ProblemsConfig(**{part: "nowhere.jsonl"})))
+
+
+def test_the_embedded_source_gives_as_many_problems_as_the_settings_say() -> None:
+    settings = ProblemsConfig(train_size=5, eval_size=3, seed=11)
+    assert load(Config(problems=settings), "train") == list(generate("train", seed=11, size=5))
+    assert load(Config(problems=settings), "eval") == list(generate("heldout", seed=11, size=3))
 
 
 @given(st.integers(1, 9), st.lists(st.integers(1, 7), max_size=8))

@@ -17,7 +17,7 @@ import hashlib
 import io
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
@@ -73,12 +73,16 @@ class Task:
         return READ_NUMBERS + self.body.format(**dict(zip(names, reading, strict=True))) + "\n"
 
 
-def _separators(characters: str) -> Axis:
-    return Axis("separator", tuple(repr(character) for character in characters))
+def _quoted(name: str, choices: Sequence[str]) -> Axis:
+    return Axis(name, tuple(map(repr, choices)))
 
 
-def _labels(words: str) -> Axis:
-    return Axis("label", tuple(repr(word) for word in words.split()))
+# The same dozen in every task: with fewer, a policy can learn by heart which of them go with a task.
+_SEPARATOR = _quoted("separator", " ,-:/+;|*=_#")
+_LABEL = _quoted(
+    "label", ["sum", "total", "all", "value", "answer", "result", "out", "at", "top", "best", "most", "index"]
+)
+_MARK = _quoted("label", "x-.?!*#+=_~&")
 
 
 TASKS = (
@@ -86,13 +90,13 @@ TASKS = (
         "sort",
         ("the numbers sorted", "the sorted list", "the numbers in order"),
         "print(*sorted(a){order}, sep={separator})",
-        (Axis("order", ("", "[::-1]")), _separators(" ,-:/+;|")),
+        (Axis("order", ("", "[::-1]")), _SEPARATOR),
     ),
     Task(
         "backwards",
         ("the numbers backwards", "the list from back to front", "the numbers in reverse"),
         "print(*a[::-1], sep={separator})",
-        (_separators(" ,-:/+;|*=_#"),),
+        (_SEPARATOR,),
     ),
     Task(
         "distinct",
@@ -100,62 +104,62 @@ TASKS = (
         "print(*{order}, sep={separator})",
         (
             Axis("order", ("dict.fromkeys(a)", "sorted(set(a))", "sorted(set(a))[::-1]")),
-            _separators(" ,:/;*"),
+            _SEPARATOR,
         ),
     ),
     Task(
         "extremes",
         ("the smallest and largest number", "both extremes", "the two extreme numbers"),
         "print({order}, sep={separator})",
-        (Axis("order", ("min(a), max(a)", "max(a), min(a)")), _separators(" ,-:/+*=")),
+        (Axis("order", ("min(a), max(a)", "max(a), min(a)")), _SEPARATOR),
     ),
     Task(
         "total",
         ("the sum with its label", "the labelled sum", "the sum of the numbers and a label"),
         "print(*[{label}, sum(a)]{order}, sep=':')",
-        (_labels("sum total all value answer result out"), Axis("order", ("", "[::-1]"))),
+        (_LABEL, Axis("order", ("", "[::-1]"))),
     ),
     Task(
         "largest",
         ("the largest number with its label", "the labelled maximum", "the maximum and a label"),
         "print(*[{label}, max(a)]{order}, sep='=')",
-        (_labels("max top best value answer result out"), Axis("order", ("", "[::-1]"))),
+        (_LABEL, Axis("order", ("", "[::-1]"))),
     ),
     Task(
         "position",
         ("where the largest number is", "the place of the maximum", "the position of the largest number"),
         "print({label}, a.index(max(a)){base}, sep=':')",
-        (_labels("at index place answer value result"), Axis("base", ("", " + 1"))),
+        (_LABEL, Axis("base", ("", " + 1"))),
     ),
     Task(
         "above",
         ("the numbers above the first", "the numbers over the first one", "the numbers beyond the first"),
         "print(*[x for x in a if x {comparison} a[0]], sep={separator})",
-        (Axis("comparison", (">", ">=")), _separators(" ,-:/;|_")),
+        (Axis("comparison", (">", ">=")), _SEPARATOR),
     ),
     Task(
         "running",
         ("the running sums", "the sum so far at each number", "the running sum of the numbers"),
         "print(*[sum(a[:{bound}]) for i in range(len(a))], sep={separator})",
-        (Axis("bound", ("i", "i + 1")), _separators(" ,-:/+=_")),
+        (Axis("bound", ("i", "i + 1")), _SEPARATOR),
     ),
     Task(
         "halves",
         ("half of each number", "the halves of the numbers", "each number divided by two"),
         "print(*[{rounding} for x in a], sep={separator})",
-        (Axis("rounding", ("x // 2", "(x + 1) // 2", "round(x / 2)")), _separators(" ,-:|*")),
+        (Axis("rounding", ("x // 2", "(x + 1) // 2", "round(x / 2)")), _SEPARATOR),
     ),
     Task(
         "differences",
         ("the differences of neighbours", "how neighbours differ", "the difference of each two neighbours"),
         "print(*[{difference} for x, y in zip(a, a[1:])], sep={separator})",
-        (Axis("difference", ("y - x", "x - y", "abs(x - y)")), _separators(" ,:/;|")),
+        (Axis("difference", ("y - x", "x - y", "abs(x - y)")), _SEPARATOR),
     ),
     Task(
         "rotate",
         ("the list rotated by two", "the numbers rotated two places", "the numbers moved round by two"),
         "print(*{direction}, sep={separator})",
-        (Axis("direction", ("a[2:] + a[:2]", "a[-2:] + a[:-2]")), _separators(" ,-:/+;*")),
+        (Axis("direction", ("a[2:] + a[:2]", "a[-2:] + a[:-2]")), _SEPARATOR),
     ),
     Task(
         "none_over",
@@ -165,25 +169,25 @@ TASKS = (
             "all over seven or a mark",
         ),
         "print(*[x for x in a if x > 7] or [{label}]{times})",
-        (_labels("none - . x no ?"), Axis("times", ("", " * len(a)"))),
+        (_MARK, Axis("times", ("", " * len(a)"))),
     ),
     Task(
         "alternate",
         ("every other number", "every second number", "the numbers skipping every other one"),
         "print(*a[{start}::2], sep={separator})",
-        (Axis("start", ("", "1")), _separators(" ,-:/+;=")),
+        (Axis("start", ("", "1")), _SEPARATOR),
     ),
     Task(
         "parity",
         ("the numbers grouped by parity", "even and odd numbers apart", "the numbers split by parity"),
         "print(*sorted(a, key=lambda x: {key}), sep={separator})",
-        (Axis("key", ("x % 2", "-(x % 2)")), _separators(" ,-:|/")),
+        (Axis("key", ("x % 2", "-(x % 2)")), _SEPARATOR),
     ),
     Task(
         "frequent",
         ("the most frequent number with its label", "the labelled mode", "the mode and a label"),
         "print({label}, max({ties}, key=a.count), sep=':')",
-        (_labels("mode most top answer value result"), Axis("ties", ("sorted(a)", "sorted(a)[::-1]"))),
+        (_LABEL, Axis("ties", ("sorted(a)", "sorted(a)[::-1]"))),
     ),
 )
 

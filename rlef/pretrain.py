@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from rlef import prompts
 from rlef.config import RolloutConfig
+from rlef.files import write_text
 from rlef.hidden_conventions import READ_NUMBERS, Task, problem, run_reference, task_of
 from rlef.pretrained import write_pretrained
 from rlef.prompts import Dialog, FailedTest
@@ -33,8 +34,9 @@ USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 VOCAB_SIZE = 512
 
 # Words with their leading space, single digits, quotes alone (so that a quoted separator is a token of its
-# own), runs of other punctuation, and white space.
-_PIECES = r" ?[A-Za-z]+| ?\d| ?'|[^\sA-Za-z\d']+|\s+"
+# own), minus alone (so that a separator before a negative number is one), runs of other punctuation, and
+# white space.
+_PIECES = r" ?[A-Za-z]+| ?\d| ?'|-|[^\sA-Za-z\d'-]+|\s+"
 
 
 _FIXED_TEXTS = (*prompts.TEMPLATE_TEXTS, READ_NUMBERS)
@@ -65,7 +67,7 @@ class Teacher:
     With these shares it is wholly right after feedback in 10 to 20 % of cases: a test counts them.
     """
 
-    reads: float = 0.25  # one open convention off the feedback; the others are guessed anew
+    reads: float = 0.3  # one open convention off the feedback; the others are guessed anew
     repeats: float = 0.3  # hands in the same program again
     forgets_fence: float = 0.03  # writes a program without a code block
     breaks: float = 0.04  # leaves out a closing bracket, or misspells a name
@@ -78,7 +80,7 @@ class Recipe:
     seed: int = 7
     threads: int = 2  # the last bits of the weights depend on it
     tokenizer_dialogs: int = 3000  # that the tokenizer is trained on
-    steps: int = 3000
+    steps: int = 4500
     tokens_per_step: int = 4096
     lr: float = 2e-3
     warmup_steps: int = 100
@@ -148,9 +150,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     markers = {"user": USER, "assistant": ASSISTANT, "end": END}
-    (folder / "dialog.json").write_text(json.dumps(markers, indent=2) + "\n")
+    write_text(folder / "dialog.json", json.dumps(markers, indent=2) + "\n")
 
 
 def pretrain(folder: Path, recipe: Recipe, *, log: Callable[[str], None] = print) -> LlamaModel:

@@ -4,6 +4,7 @@ alone."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -146,9 +147,10 @@ def write_pretrained(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     contiguous = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     with replacing(folder / "model.safetensors") as writing:
         save_file(contiguous, writing, metadata={"format": "pt"})
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", writing)  # safetensors closes it to everyone else
 
 
 def read_token_ids(folder: Path) -> tuple[int, int]:

@@ -125,3 +125,9 @@ def test_transformers_reads_the_shipped_tokenizer() -> None:
         tokenizer(text, add_special_tokens=False).input_ids
         == (Dialog.read(folder, RolloutConfig()).response(text)[:-1])
     )
+
+
+def test_whoever_may_read_a_new_file_may_read_a_written_model(random_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    modes = {file.stat().st_mode for file in (*random_model.iterdir(), tmp_path / "new")}
+    assert len(modes) == 1

@@ -259,6 +259,7 @@ void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
     for (std::size_t i = 0; i < batch->jobs.size(); ++i) {
         if (batch->jobs[i].tests.empty()) {
             --batch->remaining;
+            batch->finished.push_back(i);
         } else {
             queue_.push_back({batch, i, 0, 0});
         }
@@ -266,15 +267,53 @@ void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
     wake();
 }
 
-bool Supervisor::wait(const Batch& batch, std::chrono::milliseconds patience) {
+bool Supervisor::wait(Batch& batch, Until until, std::chrono::milliseconds patience) {
     Lock lock(mutex_);
+    const bool any = until == Until::AnyFinished;
+    batch.each_awaited = any;
     return changed_.wait_for(lock, patience,
-                             [&batch] { return batch.remaining == 0 || !batch.fault.empty(); });
+                             [&] { return batch.is_over() || (any && !batch.finished.empty()); });
+}
+
+std::vector<FinishedJob> Supervisor::take_finished(Batch& batch) {
+    const Lock lock(mutex_);
+    std::vector<FinishedJob> taken;
+    for (const auto index : batch.finished) taken.push_back({index, std::move(batch.outcomes[index])});
+    batch.finished.clear();
+    if (batch.notifier && !batch.is_over()) {
+        std::uint64_t count;
+        [[maybe_unused]] const auto size = ::read(batch.notifier.get(), &count, sizeof count);
+    }
+    return taken;
+}
+
+bool Supervisor::is_over(const Batch& batch) {
+    const Lock lock(mutex_);
+    return batch.is_over();
+}
+
+std::string Supervisor::batch_fault(const Batch& batch) {
+    const Lock lock(mutex_);
+    return batch.fault;
+}
+
+int Supervisor::notifier(Batch& batch) {
+    const Lock lock(mutex_);
+    if (!batch.notifier) {
+        batch.notifier = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+        must(static_cast<bool>(batch.notifier), "eventfd");
+        if (batch.is_over() || !batch.finished.empty()) tell(batch);
+    }
+    return batch.notifier.get();
 }
 
 void Supervisor::cancel(const std::shared_ptr<Batch>& batch) {
+    if (::getpid() != owner_) return;  // a fork's copy: the lock may be held for ever
     const Lock lock(mutex_);
+    if (batch->is_over()) return;
     batch->cancelled = true;
+    tell(*batch);
+    changed_.notify_all();
     wake();
 }
 
@@ -500,8 +539,11 @@ void Supervisor::handle_end_of_program(WorkerSlot& slot, const Outcome& outcome)
 }
 
 void Supervisor::finish_job(WorkerSlot& slot) {
-    --slot.batch->remaining;
-    if (slot.batch->remaining == 0) changed_.notify_all();
+    auto& batch = *slot.batch;
+    --batch.remaining;
+    batch.finished.push_back(slot.job_index);
+    if (batch.remaining == 0 || batch.each_awaited) changed_.notify_all();
+    tell(batch);
     slot.batch.reset();
     slot.streams.clear();
     slot.state = WorkerSlot::State::Idle;
@@ -525,7 +567,15 @@ void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
 
 void Supervisor::fail_batch(Batch& batch, const std::string& fault) {
     if (batch.fault.empty()) batch.fault = fault;
+    tell(batch);
     changed_.notify_all();
+}
+
+void Supervisor::tell(Batch& batch) {
+    const std::uint64_t one = 1;
+    if (batch.notifier) {
+        [[maybe_unused]] const auto written = ::write(batch.notifier.get(), &one, sizeof one);
+    }
 }
 
 void Supervisor::fail_everything(const std::string& fault) {

@@ -25,6 +25,9 @@ constexpr auto kSignalPatience = 50ms;  // between looks at the signals of a cal
 constexpr std::array kVerdictNames = {"passed",       "wrong_output", "exception", "timeout", "out_of_memory",
                                       "output_limit", "syntax_error", "security",  "skipped"};
 
+constexpr std::array<const char*, 6> kStoppedByNames = {
+    nullptr, "system_call_filter", "cpu_limit", "wall_limit", "memory_limit", "output_limit"};
+
 std::string utf8(const py::handle& text) {
     const auto encoded =
         py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
@@ -88,7 +91,8 @@ py::tuple outcome_tuple(const rlef::Outcome& outcome) {
     return py::make_tuple(kVerdictNames[static_cast<std::size_t>(outcome.verdict)], outcome.exit_code,
                           outcome.signal, decoded(outcome.out), decoded(outcome.err), outcome.out_truncated,
                           outcome.err_truncated, static_cast<double>(outcome.cpu_ns) / 1e9,
-                          static_cast<double>(outcome.wall_ns) / 1e9, outcome.peak_memory_bytes);
+                          static_cast<double>(outcome.wall_ns) / 1e9, outcome.peak_memory_bytes,
+                          kStoppedByNames[static_cast<std::size_t>(outcome.stopped_by)]);
 }
 
 /// Calls `done(patience)` without the interpreter's lock until it is true. Throws what a signal handler

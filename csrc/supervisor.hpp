@@ -33,6 +33,9 @@ enum class Verdict {
     Skipped,
 };
 
+/// What ended a program that did not end of itself.
+enum class StoppedBy { Nothing, SystemCallFilter, CpuLimit, WallLimit, MemoryLimit, OutputLimit };
+
 struct TestCase {
     std::string input;
     std::string expected_output;
@@ -50,6 +53,7 @@ struct Job {
 /// One program on one test.
 struct Outcome {
     Verdict verdict = Verdict::Skipped;
+    StoppedBy stopped_by = StoppedBy::Nothing;
     std::optional<int> exit_code;
     std::optional<int> signal;
     std::string out;  // standard output: its beginning

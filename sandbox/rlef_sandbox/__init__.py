@@ -5,7 +5,7 @@ from rlef_sandbox.checks import LayerReport, check
 from rlef_sandbox.executor import Executor
 from rlef_sandbox.judges import outputs_match
 from rlef_sandbox.layers import NAMESPACES, Layer
-from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, Test, Tokens, Verdict
+from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, StoppedBy, Test, Tokens, Verdict
 
 __all__ = [
     "NAMESPACES",
@@ -18,6 +18,7 @@ __all__ = [
     "Limits",
     "Result",
     "SandboxFault",
+    "StoppedBy",
     "Test",
     "Tokens",
     "Verdict",

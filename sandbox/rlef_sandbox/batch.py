@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
 from rlef_sandbox import _core
-from rlef_sandbox.records import Result, Verdict
+from rlef_sandbox.records import Result, StoppedBy, Verdict
 
 
 class Batch(Iterator[tuple[int, list[Result]]], AsyncIterator[tuple[int, list[Result]]]):
@@ -71,6 +71,7 @@ def _result(
     cpu_s: float,
     wall_s: float,
     peak_memory_bytes: int,
+    stopped_by: StoppedBy | None,
 ) -> Result:
     return Result(
         verdict=Verdict(verdict),
@@ -83,4 +84,5 @@ def _result(
         cpu_s=cpu_s,
         wall_s=wall_s,
         peak_memory_bytes=peak_memory_bytes,
+        stopped_by=stopped_by,
     )

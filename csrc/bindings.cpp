@@ -25,6 +25,9 @@ constexpr auto kSignalPatience = 50ms;  // between looks at the signals of a cal
 constexpr std::array kVerdictNames = {"passed",       "wrong_output", "exception", "timeout", "out_of_memory",
                                       "output_limit", "syntax_error", "security",  "skipped"};
 
+constexpr std::array<const char*, 6> kStoppedByNames = {
+    nullptr, "system_call_filter", "cpu_limit", "wall_limit", "memory_limit", "output_limit"};
+
 std::string utf8(const py::handle& text) {
     const auto encoded =
         py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
@@ -45,10 +48,20 @@ py::object decoded(const std::string& bytes) {
     throw py::error_already_set();
 }
 
-rlef::Judge judge_named(const std::string& name) {
-    if (name == "code_contests") return rlef::Judge::CodeContests;
-    if (name == "exact") return rlef::Judge::Exact;
-    throw py::value_error("judge is '" + name + "': give 'code_contests' or 'exact'");
+/// From a name, or from a rlef_sandbox.Tokens.
+rlef::Judge judge_of(const py::handle& judge) {
+    using Kind = rlef::Judge::Kind;
+    if (py::hasattr(judge, "ignore_case")) {
+        return {Kind::Tokens, judge.attr("absolute").cast<double>(), judge.attr("relative").cast<double>(),
+                judge.attr("ignore_case").cast<bool>()};
+    }
+    for (const auto& [name, kind] : {std::pair{"code_contests", Kind::CodeContests},
+                                     {"exact", Kind::Exact},
+                                     {"tokens", Kind::Tokens}}) {
+        if (judge.equal(py::str(name))) return {kind, 0, 0, false};
+    }
+    throw py::value_error("judge is " + py::repr(judge).cast<std::string>() +
+                          ": give 'code_contests', 'exact', 'tokens' or Tokens(...)");
 }
 
 rlef::Limits limits_of(const py::handle& limits) {
@@ -66,7 +79,7 @@ rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
                      {},
                      limits_of(own_limits.is_none() ? default_limits : own_limits),
                      job.attr("stop_at_first_failure").cast<bool>(),
-                     judge_named(job.attr("judge").cast<std::string>())};
+                     judge_of(job.attr("judge"))};
     for (const auto& test : job.attr("tests")) {
         result.tests.push_back({utf8(test.attr("input")), utf8(test.attr("expected_output"))});
     }
@@ -78,7 +91,8 @@ py::tuple outcome_tuple(const rlef::Outcome& outcome) {
     return py::make_tuple(kVerdictNames[static_cast<std::size_t>(outcome.verdict)], outcome.exit_code,
                           outcome.signal, decoded(outcome.out), decoded(outcome.err), outcome.out_truncated,
                           outcome.err_truncated, static_cast<double>(outcome.cpu_ns) / 1e9,
-                          static_cast<double>(outcome.wall_ns) / 1e9, outcome.peak_memory_bytes);
+                          static_cast<double>(outcome.wall_ns) / 1e9, outcome.peak_memory_bytes,
+                          kStoppedByNames[static_cast<std::size_t>(outcome.stopped_by)]);
 }
 
 /// Calls `done(patience)` without the interpreter's lock until it is true. Throws what a signal handler
@@ -94,26 +108,46 @@ void wait_interruptibly(Done done) {
     }
 }
 
-py::list run(rlef::Supervisor& supervisor, const py::sequence& jobs, const py::handle& default_limits) {
-    std::vector<rlef::Job> work;
-    for (const auto& job : jobs) work.push_back(job_of(job, default_limits));
-    const auto batch = std::make_shared<rlef::Batch>(std::move(work));
-    supervisor.submit(batch);
-    try {
-        wait_interruptibly([&](auto patience) { return supervisor.wait(*batch, patience); });
-    } catch (...) {
-        supervisor.cancel(batch);
-        throw;
+/// Jobs under way. What is not finished when the last reference goes is cancelled.
+class Batch {
+  public:
+    Batch(rlef::Supervisor& supervisor, const py::sequence& jobs, const py::handle& default_limits)
+        : supervisor_(supervisor) {
+        std::vector<rlef::Job> work;
+        for (const auto& job : jobs) work.push_back(job_of(job, default_limits));
+        batch_ = std::make_shared<rlef::Batch>(std::move(work));
+        supervisor_.submit(batch_);
     }
-    if (!batch->fault.empty()) throw_fault(batch->fault);
-    py::list results;
-    for (const auto& outcomes : batch->outcomes) {
-        py::list of_job;
-        for (const auto& outcome : outcomes) of_job.append(outcome_tuple(outcome));
-        results.append(of_job);
+    ~Batch() { cancel(); }
+    Batch(const Batch&) = delete;
+    Batch& operator=(const Batch&) = delete;
+
+    void wait(bool for_all) {
+        using Until = rlef::Supervisor::Until;
+        const auto until = for_all ? Until::Over : Until::AnyFinished;
+        wait_interruptibly([&](auto patience) { return supervisor_.wait(*batch_, until, patience); });
     }
-    return results;
-}
+
+    std::vector<std::pair<std::size_t, py::list>> take() {
+        const auto fault = supervisor_.batch_fault(*batch_);
+        if (!fault.empty()) throw_fault(fault);
+        std::vector<std::pair<std::size_t, py::list>> taken;
+        for (const auto& [index, outcomes] : supervisor_.take_finished(*batch_)) {
+            py::list of_job;
+            for (const auto& outcome : outcomes) of_job.append(outcome_tuple(outcome));
+            taken.emplace_back(index, of_job);
+        }
+        return taken;
+    }
+
+    bool is_over() { return supervisor_.is_over(*batch_); }
+    int fileno() { return supervisor_.notifier(*batch_); }
+    void cancel() { supervisor_.cancel(batch_); }
+
+  private:
+    rlef::Supervisor& supervisor_;
+    std::shared_ptr<rlef::Batch> batch_;
+};
 
 std::vector<std::pair<std::string, int>> layers(rlef::Supervisor& supervisor) {
     const auto errors = supervisor.layers();
@@ -160,8 +194,8 @@ PYBIND11_MODULE(_core, module) {
 
     module.def(
         "outputs_match",
-        [](const py::str& expected, const py::str& output, const std::string& judge) {
-            return rlef::outputs_match(judge_named(judge), utf8(expected), utf8(output));
+        [](const py::str& expected, const py::str& output, const py::object& judge) {
+            return rlef::outputs_match(judge_of(judge), utf8(expected), utf8(output));
         },
         py::arg("expected"), py::arg("output"), py::arg("judge"));
 
@@ -180,6 +214,13 @@ PYBIND11_MODULE(_core, module) {
         "test_filter", [](int own_pid) { return instructions(rlef::test_policy(own_pid)); },
         py::arg("own_pid"));
 
+    py::class_<Batch>(module, "Batch")
+        .def("wait", &Batch::wait, py::arg("for_all"))
+        .def("take", &Batch::take)
+        .def("is_over", &Batch::is_over)
+        .def("fileno", &Batch::fileno)
+        .def("cancel", &Batch::cancel);
+
     py::class_<rlef::Supervisor>(module, "Supervisor")
         .def(py::init([](std::vector<std::string> arguments, std::vector<std::string> environment,
                          unsigned workers, std::uint32_t allowed_missing) {
@@ -194,7 +235,12 @@ PYBIND11_MODULE(_core, module) {
                  const auto fault = supervisor.fault();
                  if (!fault.empty()) throw_fault(fault);
              })
-        .def("run", run, py::arg("jobs"), py::arg("default_limits"))
+        .def(
+            "submit",
+            [](rlef::Supervisor& supervisor, const py::sequence& jobs, const py::object& default_limits) {
+                return std::make_unique<Batch>(supervisor, jobs, default_limits);
+            },
+            py::arg("jobs"), py::arg("default_limits"), py::keep_alive<0, 1>())
         .def("layers", layers)
         .def("worker_pids", &rlef::Supervisor::worker_pids)
         .def("restarts", &rlef::Supervisor::restarts)

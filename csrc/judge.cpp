@@ -63,6 +63,17 @@ bool values_match(std::string_view expected, std::string_view output) {
     return std::abs(*expected_number - *output_number) < kTolerance;
 }
 
+bool tokens_match(const Judge& judge, std::string_view expected, std::string_view output) {
+    if (judge.ignore_case ? equal_ignoring_case(expected, output) : expected == output) return true;
+    if (judge.absolute == 0 && judge.relative == 0) return false;
+    const auto expected_number = number(expected);
+    const auto output_number = number(output);
+    if (!expected_number || !output_number) return false;
+    const double distance = std::abs(*expected_number - *output_number);
+    if (!std::isfinite(distance)) return false;
+    return distance <= judge.absolute || distance <= judge.relative * std::abs(*expected_number);
+}
+
 /// Compares token by token: `same` for two tokens that agree.
 template <typename Same>
 bool all_tokens(std::string_view expected, std::string_view output, Same same) {
@@ -92,8 +103,17 @@ bool lines_equal(std::string_view expected, std::string_view output) {
 
 }  // namespace
 
-bool outputs_match(Judge judge, std::string_view expected, std::string_view output) {
-    if (judge == Judge::Exact) return lines_equal(expected, output);
+bool outputs_match(const Judge& judge, std::string_view expected, std::string_view output) {
+    switch (judge.kind) {
+        case Judge::Kind::Exact:
+            return lines_equal(expected, output);
+        case Judge::Kind::Tokens:
+            return all_tokens(expected, output, [&judge](auto left, auto right) {
+                return tokens_match(judge, left, right);
+            });
+        case Judge::Kind::CodeContests:
+            break;
+    }
     // First the whole lists as words: "nan" equals "nan" there, though not as a number.
     return all_tokens(expected, output, equal_ignoring_case) || all_tokens(expected, output, values_match);
 }

@@ -76,19 +76,25 @@ struct Streams {
     UniqueFd err;
 };
 
+struct BadEnding {
+    Verdict verdict;
+    StoppedBy stopped_by;
+};
+
 /// The verdict that needs no look at the output. Empty when the program ended well.
-std::optional<Verdict> verdict_of_ending(const Report& report, const Limits& limits,
-                                         std::int64_t bare_memory) {
+std::optional<BadEnding> bad_ending(const Report& report, const Limits& limits, std::int64_t bare_memory) {
     const bool signalled = WIFSIGNALED(report.wait_status);
     const int signal = signalled ? WTERMSIG(report.wait_status) : 0;
-    if (signal == SIGSYS) return Verdict::Security;
-    if (signal == SIGXFSZ) return Verdict::OutputLimit;
-    if (report.peak_memory_bytes > bare_memory + limits.memory_bytes) return Verdict::OutOfMemory;
-    if (report.stopped != Report::Stopped::No || signal == SIGXCPU || report.cpu_ns > limits.cpu_ns) {
-        return Verdict::Timeout;
+    const BadEnding out_of_memory{Verdict::OutOfMemory, StoppedBy::MemoryLimit};
+    if (signal == SIGSYS) return BadEnding{Verdict::Security, StoppedBy::SystemCallFilter};
+    if (signal == SIGXFSZ) return BadEnding{Verdict::OutputLimit, StoppedBy::OutputLimit};
+    if (report.peak_memory_bytes > bare_memory + limits.memory_bytes) return out_of_memory;
+    if (report.stopped == Report::Stopped::CpuTime || signal == SIGXCPU || report.cpu_ns > limits.cpu_ns) {
+        return BadEnding{Verdict::Timeout, StoppedBy::CpuLimit};
     }
+    if (report.stopped == Report::Stopped::WallTime) return BadEnding{Verdict::Timeout, StoppedBy::WallLimit};
     if (signalled || WEXITSTATUS(report.wait_status) != 0) {
-        return report.memory_error ? Verdict::OutOfMemory : Verdict::Exception;
+        return report.memory_error ? out_of_memory : BadEnding{Verdict::Exception, StoppedBy::Nothing};
     }
     return std::nullopt;
 }
@@ -111,10 +117,11 @@ Outcome judge(const Report& report, const Streams& streams, const Job& job, cons
     const auto kept = static_cast<std::size_t>(job.limits.kept_output_bytes);
     const auto out_size = size_of(streams.out);
     const auto err_size = size_of(streams.err);
-    const auto ending = verdict_of_ending(report, job.limits, bare_memory);
+    const auto ending = bad_ending(report, job.limits, bare_memory);
     outcome.out = read_range(streams.out, 0, ending ? std::min(kept, out_size) : out_size);
     if (ending) {
-        outcome.verdict = *ending;
+        outcome.verdict = ending->verdict;
+        outcome.stopped_by = ending->stopped_by;
     } else {
         const bool accepted = outputs_match(job.judge, test.expected_output, outcome.out);
         outcome.verdict = accepted ? Verdict::Passed : Verdict::WrongOutput;
@@ -132,6 +139,7 @@ Outcome not_compiled(const Message<Report>& report) {
     outcome.verdict = report.header.syntax_error   ? Verdict::SyntaxError
                       : report.header.memory_error ? Verdict::OutOfMemory
                                                    : Verdict::Exception;
+    if (outcome.verdict == Verdict::OutOfMemory) outcome.stopped_by = StoppedBy::MemoryLimit;
     outcome.exit_code = 1;
     outcome.err = report.text;
     return outcome;
@@ -259,6 +267,7 @@ void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
     for (std::size_t i = 0; i < batch->jobs.size(); ++i) {
         if (batch->jobs[i].tests.empty()) {
             --batch->remaining;
+            batch->finished.push_back(i);
         } else {
             queue_.push_back({batch, i, 0, 0});
         }
@@ -266,15 +275,53 @@ void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
     wake();
 }
 
-bool Supervisor::wait(const Batch& batch, std::chrono::milliseconds patience) {
+bool Supervisor::wait(Batch& batch, Until until, std::chrono::milliseconds patience) {
     Lock lock(mutex_);
+    const bool any = until == Until::AnyFinished;
+    batch.each_awaited = any;
     return changed_.wait_for(lock, patience,
-                             [&batch] { return batch.remaining == 0 || !batch.fault.empty(); });
+                             [&] { return batch.is_over() || (any && !batch.finished.empty()); });
+}
+
+std::vector<FinishedJob> Supervisor::take_finished(Batch& batch) {
+    const Lock lock(mutex_);
+    std::vector<FinishedJob> taken;
+    for (const auto index : batch.finished) taken.push_back({index, std::move(batch.outcomes[index])});
+    batch.finished.clear();
+    if (batch.notifier && !batch.is_over()) {
+        std::uint64_t count;
+        [[maybe_unused]] const auto size = ::read(batch.notifier.get(), &count, sizeof count);
+    }
+    return taken;
+}
+
+bool Supervisor::is_over(const Batch& batch) {
+    const Lock lock(mutex_);
+    return batch.is_over();
+}
+
+std::string Supervisor::batch_fault(const Batch& batch) {
+    const Lock lock(mutex_);
+    return batch.fault;
+}
+
+int Supervisor::notifier(Batch& batch) {
+    const Lock lock(mutex_);
+    if (!batch.notifier) {
+        batch.notifier = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+        must(static_cast<bool>(batch.notifier), "eventfd");
+        if (batch.is_over() || !batch.finished.empty()) tell(batch);
+    }
+    return batch.notifier.get();
 }
 
 void Supervisor::cancel(const std::shared_ptr<Batch>& batch) {
+    if (::getpid() != owner_) return;  // a fork's copy: the lock may be held for ever
     const Lock lock(mutex_);
+    if (batch->is_over()) return;
     batch->cancelled = true;
+    tell(*batch);
+    changed_.notify_all();
     wake();
 }
 
@@ -445,7 +492,9 @@ void Supervisor::handle(WorkerSlot& slot, Message<Report> report) {
             }
             Outcome outcome;  // the compiler itself crashed on this source
             note_status(outcome, status);
-            outcome.verdict = WTERMSIG(status) == SIGXCPU ? Verdict::Timeout : Verdict::Exception;
+            const bool slow = WTERMSIG(status) == SIGXCPU;
+            outcome.verdict = slow ? Verdict::Timeout : Verdict::Exception;
+            if (slow) outcome.stopped_by = StoppedBy::CpuLimit;
             return handle_end_of_program(slot, outcome);
         }
         case Report::Kind::CannotIsolate:
@@ -500,8 +549,11 @@ void Supervisor::handle_end_of_program(WorkerSlot& slot, const Outcome& outcome)
 }
 
 void Supervisor::finish_job(WorkerSlot& slot) {
-    --slot.batch->remaining;
-    if (slot.batch->remaining == 0) changed_.notify_all();
+    auto& batch = *slot.batch;
+    --batch.remaining;
+    batch.finished.push_back(slot.job_index);
+    if (batch.remaining == 0 || batch.each_awaited) changed_.notify_all();
+    tell(batch);
     slot.batch.reset();
     slot.streams.clear();
     slot.state = WorkerSlot::State::Idle;
@@ -525,7 +577,15 @@ void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
 
 void Supervisor::fail_batch(Batch& batch, const std::string& fault) {
     if (batch.fault.empty()) batch.fault = fault;
+    tell(batch);
     changed_.notify_all();
+}
+
+void Supervisor::tell(Batch& batch) {
+    const std::uint64_t one = 1;
+    if (batch.notifier) {
+        [[maybe_unused]] const auto written = ::write(batch.notifier.get(), &one, sizeof one);
+    }
 }
 
 void Supervisor::fail_everything(const std::string& fault) {

@@ -33,6 +33,9 @@ enum class Verdict {
     Skipped,
 };
 
+/// What ended a program that did not end of itself.
+enum class StoppedBy { Nothing, SystemCallFilter, CpuLimit, WallLimit, MemoryLimit, OutputLimit };
+
 struct TestCase {
     std::string input;
     std::string expected_output;
@@ -50,6 +53,7 @@ struct Job {
 /// One program on one test.
 struct Outcome {
     Verdict verdict = Verdict::Skipped;
+    StoppedBy stopped_by = StoppedBy::Nothing;
     std::optional<int> exit_code;
     std::optional<int> signal;
     std::string out;  // standard output: its beginning
@@ -61,17 +65,27 @@ struct Outcome {
     std::int64_t peak_memory_bytes = 0;
 };
 
-/// Jobs that one caller waits for together. Guarded by the supervisor's mutex once submitted.
+/// Jobs that were submitted together. Guarded by the supervisor's mutex once submitted.
 struct Batch {
     explicit Batch(std::vector<Job> work) : jobs(std::move(work)), remaining(jobs.size()) {
         for (const auto& job : jobs) outcomes.emplace_back(job.tests.size());
     }
+    bool is_over() const { return remaining == 0 || cancelled || !fault.empty(); }
 
     const std::vector<Job> jobs;
     std::vector<std::vector<Outcome>> outcomes;
-    std::size_t remaining;  // jobs
-    std::string fault;      // not empty: the machine failed, and no outcome counts
+    std::size_t remaining;            // jobs
+    std::vector<std::size_t> finished;  // jobs whose outcomes nobody has taken yet, in order
+    std::string fault;                // not empty: the machine failed
     bool cancelled = false;
+    bool each_awaited = false;  // somebody waits for single jobs, not only for the end
+    UniqueFd notifier;          // eventfd, made when it is asked for: readable when there is news
+};
+
+/// A job of a batch and what came of its tests.
+struct FinishedJob {
+    std::size_t index;
+    std::vector<Outcome> outcomes;
 };
 
 /// How a worker is started.
@@ -101,8 +115,18 @@ class Supervisor {
     std::uint64_t restarts();
 
     void submit(const std::shared_ptr<Batch>& batch);
-    /// True when the batch is done or has a fault; false after `patience`.
-    bool wait(const Batch& batch, std::chrono::milliseconds patience);
+    /// What to wait for: the end of the batch, or any job that can be taken (or the end).
+    enum class Until { Over, AnyFinished };
+    /// True when it has come; false after `patience`. The batch is over when all its jobs are finished, when
+    /// it is cancelled, or when it has a fault.
+    bool wait(Batch& batch, Until until, std::chrono::milliseconds patience);
+    /// The finished jobs that nobody has taken yet. Throws nothing; a fault is left to `batch_fault`.
+    std::vector<FinishedJob> take_finished(Batch& batch);
+    bool is_over(const Batch& batch);
+    std::string batch_fault(const Batch& batch);
+    /// A descriptor that becomes readable when a job finishes or the batch is over. It belongs to the batch.
+    int notifier(Batch& batch);
+    /// Ends the batch's programs, those that wait and those that run. What is finished can still be taken.
     void cancel(const std::shared_ptr<Batch>& batch);
     /// Ends all workers. Batches under way get a fault.
     void close();
@@ -132,6 +156,7 @@ class Supervisor {
     void handle_death(WorkerSlot& slot, const std::string& why);
     void finish_job(WorkerSlot& slot);
     void fail_batch(Batch& batch, const std::string& fault);
+    void tell(Batch& batch);
     void fail_everything(const std::string& fault);
     void wait_for_events();
     void wake();

@@ -1,13 +1,15 @@
 """Run Python programs that nobody has read on standard-input tests, isolated and fast."""
 
+from rlef_sandbox.batch import Batch
 from rlef_sandbox.checks import LayerReport, check
 from rlef_sandbox.executor import Executor
 from rlef_sandbox.judges import outputs_match
 from rlef_sandbox.layers import NAMESPACES, Layer
-from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, Test, Verdict
+from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, StoppedBy, Test, Tokens, Verdict
 
 __all__ = [
     "NAMESPACES",
+    "Batch",
     "Executor",
     "Job",
     "Judge",
@@ -16,7 +18,9 @@ __all__ = [
     "Limits",
     "Result",
     "SandboxFault",
+    "StoppedBy",
     "Test",
+    "Tokens",
     "Verdict",
     "check",
     "outputs_match",

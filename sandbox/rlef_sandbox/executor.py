@@ -7,6 +7,8 @@ import sys
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
+from rlef_sandbox import _core
+from rlef_sandbox.batch import Batch
 from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, Test, Verdict
 from rlef_sandbox.workers import start_workers
 
@@ -63,10 +65,44 @@ class Executor:
         Raises ValueError for an unknown judge, SandboxFault when the sandbox itself failed repeatedly or is
         closed.
         """
+        core = self._submit(jobs)
+        core.wait(for_all=True)
+        results = dict(Batch(core))
+        return [results[index] for index in range(len(jobs))]
+
+    async def run_async(
+        self,
+        program: str,
+        tests: Sequence[Test],
+        *,
+        stop_at_first_failure: bool = False,
+        limits: Limits | None = None,
+        judge: Judge = "code_contests",
+    ) -> list[Result]:
+        """`run` for asyncio. Cancelling the task ends the program."""
+        job = Job(program, tests, limits=limits, stop_at_first_failure=stop_at_first_failure, judge=judge)
+        return (await self.run_many_async([job]))[0]
+
+    async def run_many_async(self, jobs: Sequence[Job]) -> list[list[Result]]:
+        """`run_many` for asyncio. Cancelling the task ends the programs."""
+        batch = self.as_completed(jobs)
+        try:
+            results = dict([pair async for pair in batch])
+        finally:
+            batch.cancel()
+        return [results[index] for index in range(len(jobs))]
+
+    def as_completed(self, jobs: Sequence[Job]) -> Batch:
+        """Start the jobs, and iterate over what they give as they finish, with `for` or `async for`.
+
+        Raises as `run_many` does, the fault at the step of the iteration that meets it.
+        """
+        return Batch(self._submit(jobs))
+
+    def _submit(self, jobs: Sequence[Job]) -> _core.Batch:
         if os.getpid() != self._owner:
             raise SandboxFault("this executor belongs to the process before the fork: make one here")
-        outcomes = self._supervisor.run(jobs, self._limits)
-        return [[_result(*outcome) for outcome in of_job] for of_job in outcomes]
+        return self._supervisor.submit(jobs, self._limits)
 
     def _try_out(self) -> None:
         """An honest program must run, libraries included, before any verdict of this machine counts."""
@@ -101,28 +137,3 @@ class Executor:
 _MOST_WORKERS = 1024
 _HONEST_PROGRAM = "import decimal, json\nprint(decimal.Decimal(input()))"
 
-
-def _result(
-    verdict: str,
-    exit_code: int | None,
-    signal: int | None,
-    stdout: str,
-    stderr: str,
-    stdout_truncated: bool,
-    stderr_truncated: bool,
-    cpu_s: float,
-    wall_s: float,
-    peak_memory_bytes: int,
-) -> Result:
-    return Result(
-        verdict=Verdict(verdict),
-        exit_code=exit_code,
-        signal=signal,
-        stdout=stdout,
-        stderr=stderr,
-        stdout_truncated=stdout_truncated,
-        stderr_truncated=stderr_truncated,
-        cpu_s=cpu_s,
-        wall_s=wall_s,
-        peak_memory_bytes=peak_memory_bytes,
-    )

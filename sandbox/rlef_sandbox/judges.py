@@ -14,5 +14,7 @@ def outputs_match(expected: str, output: str, *, judge: Judge = "code_contests")
     than 1e-5 apart. Line breaks therefore count as blanks, 007 equals 7, and 10**18 equals 10**18 + 1.
 
     "exact" wants equal texts, but for blanks at the ends of lines and empty lines at the end.
+
+    "tokens" wants equal tokens between blanks, however they are separated; `Tokens` takes tolerances too.
     """
     return _core.outputs_match(expected, output, judge)

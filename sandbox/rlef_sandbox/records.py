@@ -8,9 +8,6 @@ from enum import Enum
 from math import isfinite
 from typing import Literal
 
-Judge = Literal["code_contests", "exact"]
-
-
 class SandboxFault(RuntimeError):  # noqa: N818 - a fault of ours, as against a program's error
     """The machine or this library failed; the program that was to run is not to blame."""
 
@@ -27,6 +24,33 @@ class Verdict(str, Enum):
     SYNTAX_ERROR = "syntax_error"
     SECURITY = "security"  # killed at a system call that no honest program makes
     SKIPPED = "skipped"  # not run: an earlier test failed
+
+
+StoppedBy = Literal["system_call_filter", "cpu_limit", "wall_limit", "memory_limit", "output_limit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """A judge: outputs are split at blanks, and their tokens must agree one by one.
+
+    Two tokens agree when they are equal or, where both are finite decimal numbers, when the distance is at
+    most `absolute`, or at most `relative` times the expected number. Without a tolerance 007 is not 7.
+    Raises ValueError for a tolerance that is not a number from 0.
+    """
+
+    absolute: float = 0.0
+    relative: float = 0.0
+    ignore_case: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("absolute", "relative"):
+            tolerance = getattr(self, name)
+            if not (_is_number(tolerance) and tolerance >= 0):
+                raise ValueError(f"{name} is {tolerance!r}: give a number from 0")
+
+
+Judge = Literal["code_contests", "exact", "tokens"] | Tokens
+"""How outputs are compared: see `outputs_match`. "tokens" is `Tokens()`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +129,4 @@ class Result:
     cpu_s: float
     wall_s: float
     peak_memory_bytes: int  # resident, the bare interpreter's share included
+    stopped_by: StoppedBy | None = None  # what ended it, when it did not end of itself

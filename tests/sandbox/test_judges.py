@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlef_sandbox import outputs_match
+from rlef_sandbox import Executor, Test, Tokens, outputs_match
 
 WORD = st.text(alphabet="abcXYZ019.-+e", min_size=1, max_size=6)
 BLANK = st.sampled_from([" ", "\n", "\t", "\r\n", "  ", "\v"])
@@ -120,3 +120,60 @@ def test_exact_agrees_with_its_definition(expected, output):
         return kept
 
     assert outputs_match(expected, output, judge="exact") is (lines(expected) == lines(output))
+
+
+@pytest.mark.parametrize(
+    ("expected", "output", "judge", "accepted"),
+    [
+        ("1 2\n3", "1\n2 3\n", "tokens", True),
+        ("YES", "yes", "tokens", False),
+        ("007", "7", "tokens", False),
+        (str(10**18), str(10**18 + 1), "tokens", False),
+        ("1 2", "1 2 3", "tokens", False),
+        ("1 2", "12", "tokens", False),
+        ("YES", "yes", Tokens(ignore_case=True), True),
+        ("1.0", "1.01", Tokens(absolute=0.01), False),  # as doubles the two are more than 0.01 apart
+        ("1.0", "1.009", Tokens(absolute=0.01), True),
+        ("-200", "-201", Tokens(relative=0.005), True),
+        ("-200", "-201.1", Tokens(relative=0.005), False),
+        ("0", "0.5", Tokens(absolute=1, relative=0.1), True),  # one of the two suffices
+        ("x=1.0", "x=1.001", Tokens(absolute=0.1), False),  # not a number
+        ("nan", "nan", Tokens(absolute=1), True),  # equal as words
+        ("nan", "NaN", Tokens(absolute=1), False),
+        ("inf", "1e999", Tokens(absolute=1), False),
+        ("1e999", "1", Tokens(relative=1), False),
+    ],
+)
+def test_tokens_agree_one_by_one_within_the_tolerances(expected, output, judge, accepted):
+    assert outputs_match(expected, output, judge=judge) is accepted
+
+
+@given(st.floats(-1e9, 1e9), st.floats(-1e9, 1e9), st.floats(0, 10), st.floats(0, 10))
+def test_tolerances_agree_with_their_definition(expected, output, absolute, relative):
+    distance = abs(expected - output)
+    near = distance <= absolute or distance <= relative * abs(expected)
+    same = repr(expected) == repr(output)
+    judge = Tokens(absolute=absolute, relative=relative)
+
+    assert outputs_match(repr(expected), repr(output), judge=judge) is (same or (near and (absolute or relative) != 0))
+
+
+@given(st.lists(WORD), st.lists(WORD))
+def test_tokens_without_tolerance_are_equal_lists_of_words(expected, output):
+    assert outputs_match(" ".join(expected), "\n".join(output), judge="tokens") is (expected == output)
+
+
+@pytest.mark.parametrize("name", ["absolute", "relative"])
+@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf"), "0.1", True])
+def test_tolerance_that_is_no_number_from_zero_is_named(name, value):
+    with pytest.raises(ValueError, match=rf"{name} is .*: give a number from 0"):
+        Tokens(**{name: value})
+
+
+def test_a_job_is_judged_with_its_tolerance(executor: Executor):
+    thirds = [Test("", "0.33333")]
+
+    near = executor.run("print(1 / 3)", thirds, judge=Tokens(absolute=1e-4))
+    far = executor.run("print(1 / 3)", thirds, judge=Tokens(absolute=1e-6))
+
+    assert [near[0].verdict.value, far[0].verdict.value] == ["passed", "wrong_output"]

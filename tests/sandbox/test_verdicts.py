@@ -201,3 +201,24 @@ def test_output_that_is_not_utf8_is_decoded_with_replacement(run):
     result = run("import sys; sys.stdout.buffer.write(b'a\\xffb\\x00')")
 
     assert result.stdout == "a\ufffdb\x00"
+
+
+@pytest.mark.parametrize(
+    ("program", "stopped_by"),
+    [
+        ("while True: pass", "cpu_limit"),
+        ("import time; time.sleep(60)", "wall_limit"),
+        ("x = bytearray(10**11)", "memory_limit"),
+        ("x = bytearray(b'1') * (100 << 20)", "memory_limit"),
+        ("while True: print('x' * 1000)", "output_limit"),
+        ("import os; os.execv('/bin/true', ['true'])", "system_call_filter"),
+        ("1 / 0", None),
+        ("import os; os.abort()", None),
+        ("print(1", None),
+        ("print(8)", None),
+    ],
+)
+def test_result_says_what_ended_a_program_that_did_not_end_of_itself(run, program, stopped_by):
+    limits = Limits(cpu_s=0.5, wall_s=2.0, memory_bytes=50 << 20, output_bytes=100_000)
+
+    assert run(program, limits=limits).stopped_by == stopped_by

@@ -1,0 +1,83 @@
+"""`python -m rlef_sandbox`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ADD = "print(sum(map(int, input().split())))\n"
+
+
+def call(*arguments: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rlef_sandbox", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name, text in {"add.py": ADD, "input": "2 3\n", "right": "5\n", "wrong": "6\n"}.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_run_shows_what_the_program_printed_and_how_it_ended(files: Path):
+    done = call("run", files / "add.py", "--input", files / "input")
+
+    assert (done.returncode, done.stdout) == (0, "5\n")
+    assert done.stderr.startswith("ended well, exit status 0, ")
+
+
+@pytest.mark.parametrize(("expected", "status", "verdict"), [("right", 0, "passed"), ("wrong", 1, "wrong_output")])
+def test_run_compares_with_an_expected_output(files: Path, expected, status, verdict):
+    done = call("run", files / "add.py", "--input", files / "input", "--expected", files / expected)
+
+    assert done.returncode == status
+    assert done.stderr.startswith(verdict)
+
+
+def test_run_reads_a_program_from_standard_input():
+    done = call("run", "-", stdin="1 / 0")
+
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "exception, exit status 1" in done.stderr
+
+
+def test_run_names_the_limit_that_stopped_the_program():
+    done = call("run", "-", "--cpu-s", "0.2", stdin="while True: pass")
+
+    assert done.returncode == 1
+    assert "timeout, stopped by cpu_limit, signal 9" in done.stderr
+
+
+def test_run_gives_the_whole_result_as_json(files: Path):
+    done = call("run", files / "add.py", "--input", files / "input", "--expected", files / "right", "--json")
+
+    result = json.loads(done.stdout)
+    assert (result["verdict"], result["stdout"], result["exit_code"]) == ("passed", "5\n", 0)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "nowhere.py"), "No such file or directory: 'nowhere.py'"),
+        (("run", "-", "--memory-bytes", "5"), "memory_bytes is 5: give a whole number of at least"),
+        (("run", "-", "--allow-missing", "magic"), "allow_missing names 'magic': the layers are"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_and_status_2(arguments, said):
+    done = call(*arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr

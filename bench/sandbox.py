@@ -77,7 +77,9 @@ def main() -> None:
     for row in rows:
         print(f"\n{row['tests_per_program']} tests per program: {1e6 * row['cpu_s']:.0f} us CPU a test")
         for name, ratio in row["ratios"].items():
-            print(f"  {name:46} {ratio['median']:6.2f} times ours  [{ratio['least']:.2f}, {ratio['most']:.2f}]")
+            print(
+                f"  {name:46} {ratio['median']:6.2f} times ours  [{ratio['least']:.2f}, {ratio['most']:.2f}]"
+            )
     report = {
         "bench": "sandbox",
         "cpu": processor(),

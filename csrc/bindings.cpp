@@ -25,8 +25,8 @@ constexpr auto kSignalPatience = 50ms;  // between looks at the signals of a cal
 constexpr std::array kVerdictNames = {"passed",       "wrong_output", "exception", "timeout", "out_of_memory",
                                       "output_limit", "syntax_error", "security",  "skipped"};
 
-constexpr std::array<const char*, 6> kStoppedByNames = {
-    nullptr, "system_call_filter", "cpu_limit", "wall_limit", "memory_limit", "output_limit"};
+constexpr std::array<const char*, 6> kStoppedByNames = {nullptr,      "system_call_filter", "cpu_limit",
+                                                        "wall_limit", "memory_limit",       "output_limit"};
 
 std::string utf8(const py::handle& text) {
     const auto encoded =
@@ -55,9 +55,8 @@ rlef::Judge judge_of(const py::handle& judge) {
         return {Kind::Tokens, judge.attr("absolute").cast<double>(), judge.attr("relative").cast<double>(),
                 judge.attr("ignore_case").cast<bool>()};
     }
-    for (const auto& [name, kind] : {std::pair{"code_contests", Kind::CodeContests},
-                                     {"exact", Kind::Exact},
-                                     {"tokens", Kind::Tokens}}) {
+    for (const auto& [name, kind] :
+         {std::pair{"code_contests", Kind::CodeContests}, {"exact", Kind::Exact}, {"tokens", Kind::Tokens}}) {
         if (judge.equal(py::str(name))) return {kind, 0, 0, false};
     }
     throw py::value_error("judge is " + py::repr(judge).cast<std::string>() +

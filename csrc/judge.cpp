@@ -108,9 +108,8 @@ bool outputs_match(const Judge& judge, std::string_view expected, std::string_vi
         case Judge::Kind::Exact:
             return lines_equal(expected, output);
         case Judge::Kind::Tokens:
-            return all_tokens(expected, output, [&judge](auto left, auto right) {
-                return tokens_match(judge, left, right);
-            });
+            return all_tokens(expected, output,
+                              [&judge](auto left, auto right) { return tokens_match(judge, left, right); });
         case Judge::Kind::CodeContests:
             break;
     }

@@ -74,9 +74,9 @@ struct Batch {
 
     const std::vector<Job> jobs;
     std::vector<std::vector<Outcome>> outcomes;
-    std::size_t remaining;            // jobs
+    std::size_t remaining;              // jobs
     std::vector<std::size_t> finished;  // jobs whose outcomes nobody has taken yet, in order
-    std::string fault;                // not empty: the machine failed
+    std::string fault;                  // not empty: the machine failed
     bool cancelled = false;
     bool each_awaited = false;  // somebody waits for single jobs, not only for the end
     UniqueFd notifier;          // eventfd, made when it is asked for: readable when there is news

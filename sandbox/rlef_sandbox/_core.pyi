@@ -4,7 +4,9 @@ from typing import TypeAlias
 
 from rlef_sandbox.records import Job, Judge, Limits, StoppedBy
 
-_Outcome: TypeAlias = tuple[str, int | None, int | None, str, str, bool, bool, float, float, int, StoppedBy | None]
+_Outcome: TypeAlias = tuple[
+    str, int | None, int | None, str, str, bool, bool, float, float, int, StoppedBy | None
+]
 _Instruction: TypeAlias = tuple[int, int, int, int]
 
 def outputs_match(expected: str, output: str, judge: Judge) -> bool: ...

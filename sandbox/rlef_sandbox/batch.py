@@ -52,10 +52,10 @@ class Batch(Iterator[tuple[int, list[Result]]], AsyncIterator[tuple[int, list[Re
 
 async def _readable(descriptor: int) -> None:
     loop = asyncio.get_running_loop()
-    news = loop.create_future()
-    loop.add_reader(descriptor, lambda: news.done() or news.set_result(None))
+    news = asyncio.Event()
+    loop.add_reader(descriptor, news.set)
     try:
-        await news
+        await news.wait()
     finally:
         loop.remove_reader(descriptor)
 

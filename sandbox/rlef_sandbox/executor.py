@@ -136,4 +136,3 @@ class Executor:
 
 _MOST_WORKERS = 1024
 _HONEST_PROGRAM = "import decimal, json\nprint(decimal.Decimal(input()))"
-

@@ -8,6 +8,7 @@ from enum import Enum
 from math import isfinite
 from typing import Literal
 
+
 class SandboxFault(RuntimeError):  # noqa: N818 - a fault of ours, as against a program's error
     """The machine or this library failed; the program that was to run is not to blame."""
 

@@ -155,7 +155,9 @@ def test_tolerances_agree_with_their_definition(expected, output, absolute, rela
     same = repr(expected) == repr(output)
     judge = Tokens(absolute=absolute, relative=relative)
 
-    assert outputs_match(repr(expected), repr(output), judge=judge) is (same or (near and (absolute or relative) != 0))
+    assert outputs_match(repr(expected), repr(output), judge=judge) is (
+        same or (near and (absolute or relative) != 0)
+    )
 
 
 @given(st.lists(WORD), st.lists(WORD))

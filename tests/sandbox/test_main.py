@@ -36,7 +36,9 @@ def test_run_shows_what_the_program_printed_and_how_it_ended(files: Path):
     assert done.stderr.startswith("ended well, exit status 0, ")
 
 
-@pytest.mark.parametrize(("expected", "status", "verdict"), [("right", 0, "passed"), ("wrong", 1, "wrong_output")])
+@pytest.mark.parametrize(
+    ("expected", "status", "verdict"), [("right", 0, "passed"), ("wrong", 1, "wrong_output")]
+)
 def test_run_compares_with_an_expected_output(files: Path, expected, status, verdict):
     done = call("run", files / "add.py", "--input", files / "input", "--expected", files / expected)
 

@@ -43,7 +43,7 @@ from rlef_sandbox import Executor, Layer, Test
 from tests.ppo_examples import VOCAB, episode
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("[a-z]*/README.md")])
 
 
 def text_of(name: str) -> str:

@@ -248,12 +248,38 @@ int restrict_files(const FileView& view) {
     return ::syscall(SYS_landlock_restrict_self, rules.get(), 0) == 0 ? 0 : errno;
 }
 
-/// Whether a child may have a pid namespace of its own. Returns 0 or errno.
-int try_pid_namespace() {
-    const long child = ::syscall(SYS_clone, CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0);
-    if (child == 0) ::_exit(0);
-    if (child < 0) return errno;
-    must(::waitpid(static_cast<pid_t>(child), nullptr, 0) == child, "waitpid");
+/// The life of pid 1: nothing, until the worker is gone. Then the kernel ends the namespace's other
+/// processes.
+[[noreturn]] void be_first_process(const Isolation& isolation, UniqueFd end_of_worker) {
+    try {
+        drop_privileges(isolation);
+        must(::prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) == 0, "PR_SET_PDEATHSIG");
+        must(::dup2(end_of_worker.get(), 0) == 0, "dup2");
+        must(::syscall(SYS_close_range, 1, ~0U, 0) == 0, "close_range");
+        must(::signal(SIGCHLD, SIG_IGN) != SIG_ERR, "signal");  // orphans leave no zombies
+        char nothing;
+        while (::read(0, &nothing, 1) != 0) {  // the worker may have been gone before the call above
+        }
+    } catch (const std::system_error&) {
+    }
+    ::_exit(0);
+}
+
+/// A pid namespace for the children to come. Its pid 1 must not be one of them: the kernel withholds from pid
+/// 1 the signals that end programs. Returns 0 or errno.
+int make_pid_namespace(const Isolation& isolation) {
+    if (::unshare(CLONE_NEWPID) != 0) return errno;
+    int ends[2];
+    must(::pipe2(ends, O_CLOEXEC) == 0, "pipe2");
+    UniqueFd end_of_worker(ends[0]);
+    static UniqueFd open_while_we_live;
+    open_while_we_live = UniqueFd(ends[1]);
+    const pid_t first = ::fork();
+    must(first >= 0, "fork");
+    if (first == 0) {
+        open_while_we_live = UniqueFd();
+        be_first_process(isolation, std::move(end_of_worker));
+    }
     return 0;
 }
 
@@ -274,9 +300,10 @@ void enter_namespaces(Isolation& isolation) {
     for (const auto& [layer, flag] : kUnshared) {
         isolation.errors[static_cast<unsigned>(layer)] = refused ? refused : ::unshare(flag) == 0 ? 0 : errno;
     }
-    const int pid_error = refused ? refused : try_pid_namespace();
+    const int pid_error = refused ? refused : make_pid_namespace(isolation);
     isolation.errors[static_cast<unsigned>(Layer::PidNamespace)] = pid_error;
     isolation.pid_namespace = pid_error == 0;
+    if (isolation.pid_namespace) ++isolation.processes_of_ours;
 }
 
 bool holds(const Isolation& isolation, Layer layer) {
@@ -300,10 +327,9 @@ Isolation isolate(const FileView& view) {
     must(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS");
     isolation.errors[static_cast<unsigned>(Layer::Landlock)] = restrict_files(view);
     if (has_capability(CAP_SETPCAP)) empty_bounding_set();
-    std::uint64_t kept = isolation.pid_namespace ? bit(CAP_SYS_ADMIN) : 0;
     // CAP_KILL: without it the kernel would not let this process's death reach children of another user.
-    if (isolation.change_user) kept |= bit(CAP_SETUID) | bit(CAP_SETGID) | bit(CAP_KILL);
-    keep_capabilities(kept);
+    const auto kept = bit(CAP_SETUID) | bit(CAP_SETGID) | bit(CAP_KILL);
+    keep_capabilities(isolation.change_user ? kept : 0);
     return isolation;
 }
 

@@ -36,9 +36,9 @@ struct FileView {
 /// What a worker became.
 struct Isolation {
     LayerErrors errors{};
-    uid_t user = 0;            // of the programs
-    bool change_user = false;  // solution processes still have to become `user`
-    bool pid_namespace = false;
+    uid_t user = 0;                // of the programs
+    bool change_user = false;      // solution processes still have to become `user`
+    bool pid_namespace = false;    // children are in it, but not the worker itself
     bool count_processes = false;  // RLIMIT_NPROC would count this worker's processes only
     int processes_of_ours = 0;     // among those it would count
 };

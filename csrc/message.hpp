@@ -21,7 +21,7 @@ struct Request {
         End,      // no more tests of this program
     };
     Kind kind;
-    std::uint32_t padding = 0;
+    std::uint32_t few_tests = 0;  // Program: so few that a process to compile it for all would not pay
     Limits limits;
 };
 

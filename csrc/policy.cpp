@@ -32,7 +32,7 @@ constexpr std::uint32_t kFirstAlien = 0x80000000;
 #endif
 
 constexpr std::uint32_t kNewNamespaces =
-    CLONE_NEWNS | CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP;
+    CLONE_NEWNS | CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP | CLONE_NEWPID;
 constexpr std::uint32_t kWriting = O_WRONLY | O_RDWR | O_CREAT | O_TRUNC;
 constexpr std::uint32_t kNameMapping = 0x53564d41;  // PR_SET_VMA
 
@@ -152,7 +152,7 @@ constexpr std::uint32_t kHarmless[] = {
     SYS_prlimit64,
     SYS_sysinfo,
     SYS_uname,
-    // what a solution process needs to make and watch its tests
+    // what workers and solution processes need to make and watch tests
     SYS_capset,
     SYS_pidfd_open,
     SYS_seccomp,

@@ -24,6 +24,7 @@ constexpr int kWorkerSocket = 3;
 constexpr unsigned kMostAttempts = 3;
 constexpr unsigned kMostFailedStarts = 3;
 constexpr std::size_t kTestsAhead = 2;  // one runs while the next already waits in the socket
+constexpr std::size_t kFewTests = 2;    // compile the program in each: cheaper than one more process
 constexpr auto kStartPatience = 60s;
 constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, and a machine under load
 
@@ -433,7 +434,8 @@ void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
     slot.state = WorkerSlot::State::Busy;
     try {
         const auto source = sealed_file("solution.py", slot.job().program);
-        const Request request{Request::Kind::Program, 0, slot.job().limits};
+        const bool few_tests = slot.job().tests.size() - job.first_test <= kFewTests;
+        const Request request{Request::Kind::Program, few_tests, slot.job().limits};
         if (send_message(slot.socket.get(), request, {}, {source.get()})) send_tests(slot);
         // A worker that is gone shows itself when its reports are read.
     } catch (const std::system_error& error) {

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <fstream>
 #include <system_error>
 
@@ -76,10 +77,19 @@ void die_with(pid_t parent) {
     if (parent && ::getppid() != parent) ::_exit(0);
 }
 
-/// What a child tells its parent through memory that both see.
-struct Notes {
-    bool compiled;
-    bool memory_error;
+/// What a child tells its parents, through memory that all see, before its program runs. The program cannot
+/// reach it: the test process unmaps it first.
+struct Beginning {
+    std::atomic<bool> compiled;
+    std::atomic<bool> isolated;
+    std::atomic<bool> reported;         // why there is no program to run
+    std::atomic<std::int64_t> cpu_ns;   // of the process when its program began
+    std::atomic<std::int64_t> time_ns;  // on the monotonic clock
+};
+
+/// The one thing that a program may say of itself.
+struct Confession {
+    std::atomic<bool> memory_error;
 };
 
 /// What one worker knows and its children inherit.
@@ -89,47 +99,68 @@ struct Worker {
     const Interpreter& interpreter;
     std::int64_t bare_address_space;
     std::int64_t bare_memory;
-    Notes* notes;
+    Beginning* beginning;
+    Confession* confession;
 };
 
+/// Tells the supervisor, or leaves the telling to the parent, where the socket is closed already.
+void tell(const Worker& worker, const Report& report, std::string_view text) {
+    try {
+        send_message(worker.socket, report, text, {});
+        worker.beginning->reported = true;
+    } catch (const std::system_error&) {
+    }
+}
+
 /// Says so and ends the process. The supervisor takes it for the machine's fault.
-[[noreturn]] void give_up(int socket, const std::system_error& error) {
+[[noreturn]] void give_up(const Worker& worker, const std::system_error& error) {
     Report report{};
     report.kind = Report::Kind::CannotIsolate;
-    send_message(socket, report, error.what(), {});
+    tell(worker, report, error.what());
     ::_exit(kSetupFailed);
 }
 
 // ---- test process
 
-void isolate_test(const std::vector<UniqueFd>& streams, const Limits& limits, pid_t solution) {
-    die_with(solution);
+void isolate_test(const Worker& worker, const std::vector<UniqueFd>& streams, const Limits& limits) {
     for (int target = 0; target < 3; ++target) {
         must(::dup2(streams[static_cast<std::size_t>(target)].get(), target) == target, "dup2");
     }
     must(::syscall(SYS_close_range, 3, ~0U, 0) == 0, "close_range");
-    limit_softly(RLIMIT_CPU, static_cast<rlim_t>(limits.cpu_ns / kSecond + 2));
+    const auto cpu_used = read_clock(CLOCK_PROCESS_CPUTIME_ID);
+    limit_softly(RLIMIT_CPU, static_cast<rlim_t>((cpu_used + limits.cpu_ns) / kSecond + 2));
     const int error = install(compile(test_policy(::getpid())));
     if (error) throw std::system_error(error, std::generic_category(), "seccomp");
+    worker.beginning->cpu_ns = read_clock(CLOCK_PROCESS_CPUTIME_ID);
+    worker.beginning->time_ns = read_clock(CLOCK_MONOTONIC);
+    worker.beginning->isolated = true;
+    must(::munmap(worker.beginning, sizeof(Beginning)) == 0, "munmap");
+}
+
+/// What a test process does last: it runs the program that is compiled.
+[[noreturn]] void run_to_the_end(const Worker& worker) {
+    const auto ending = worker.interpreter.run();
+    worker.confession->memory_error = ending.memory_error;
+    ::_exit(ending.exit_code);
 }
 
 [[noreturn]] void test_main(const Worker& worker, const std::vector<UniqueFd>& streams, const Limits& limits,
                             pid_t solution) {
     try {
-        isolate_test(streams, limits, solution);
+        die_with(solution);
+        isolate_test(worker, streams, limits);
     } catch (const std::system_error&) {
         ::_exit(kSetupFailed);
     }
     worker.interpreter.after_fork_in_child();
-    const auto ending = worker.interpreter.run();
-    worker.notes->memory_error = ending.memory_error;
-    ::_exit(ending.exit_code);
+    run_to_the_end(worker);
 }
 
-// ---- solution process
+// ---- what has a test process for a child
 
-/// Waits for the test to end, and ends it when one of its clocks runs out or the supervisor is gone.
-Report::Stopped watch(int socket, pid_t test, const Limits& limits, std::int64_t started) {
+/// Waits for the test to end, and ends it when one of its clocks runs out or the supervisor is gone. The
+/// clocks start when its program does.
+Report::Stopped watch(int socket, pid_t test, const Limits& limits, const Beginning& beginning) {
     const UniqueFd handle(static_cast<int>(::syscall(SYS_pidfd_open, test, 0)));
     must(static_cast<bool>(handle), "pidfd_open");
     clockid_t cpu_clock;
@@ -144,8 +175,9 @@ Report::Stopped watch(int socket, pid_t test, const Limits& limits, std::int64_t
         must(ready >= 0 || errno == EINTR, "ppoll");
         if (ready > 0 && events[1].revents) ::_exit(0);  // the test dies with this process
         if (ready > 0) return Report::Stopped::No;
-        cpu_left = limits.cpu_ns - read_clock(cpu_clock);
-        wall_left = limits.wall_ns - (read_clock(CLOCK_MONOTONIC) - started);
+        if (!beginning.isolated) continue;
+        cpu_left = limits.cpu_ns - (read_clock(cpu_clock) - beginning.cpu_ns);
+        wall_left = limits.wall_ns - (read_clock(CLOCK_MONOTONIC) - beginning.time_ns);
         if (cpu_left <= 0 || wall_left <= 0) {
             ::kill(test, SIGKILL);
             return cpu_left <= 0 ? Report::Stopped::CpuTime : Report::Stopped::WallTime;
@@ -153,30 +185,30 @@ Report::Stopped watch(int socket, pid_t test, const Limits& limits, std::int64_t
     }
 }
 
-Report run_test(const Worker& worker, const std::vector<UniqueFd>& streams, const Limits& limits) {
-    worker.notes->memory_error = false;
-    const pid_t solution = ::getpid();
-    const auto started = read_clock(CLOCK_MONOTONIC);
+/// Forks a test process, which runs `body`, and waits for it. The report is of kind Died where its program
+/// was never begun.
+template <typename Body>
+Report run_test(const Worker& worker, const Limits& limits, Body body) {
+    auto& beginning = *worker.beginning;
+    beginning.isolated = false;
+    worker.confession->memory_error = false;
     worker.interpreter.before_fork();
     const pid_t test = ::fork();
-    if (test == 0) test_main(worker, streams, limits, solution);
+    if (test == 0) body();
     const int fork_error = errno;
     worker.interpreter.after_fork_in_parent();
     if (test < 0) throw std::system_error(fork_error, std::generic_category(), "fork");
 
     Report report{};
-    report.kind = Report::Kind::Finished;
-    report.stopped = watch(worker.socket, test, limits, started);
+    report.stopped = watch(worker.socket, test, limits, beginning);
     rusage usage{};
     must(::wait4(test, &report.wait_status, 0, &usage) == test, "wait4");
-    if (WIFEXITED(report.wait_status) && WEXITSTATUS(report.wait_status) == kSetupFailed) {
-        errno = EPERM;
-        fail("isolate a test process");
-    }
-    report.wall_ns = read_clock(CLOCK_MONOTONIC) - started;
-    report.cpu_ns = nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime);
+    report.compiled = beginning.compiled;
+    report.kind = beginning.isolated ? Report::Kind::Finished : Report::Kind::Died;
+    report.wall_ns = read_clock(CLOCK_MONOTONIC) - beginning.time_ns;
+    report.cpu_ns = nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime) - beginning.cpu_ns;
     report.peak_memory_bytes = static_cast<std::int64_t>(usage.ru_maxrss) * 1024;
-    report.memory_error = worker.notes->memory_error;
+    report.memory_error = worker.confession->memory_error;
     return report;
 }
 
@@ -193,12 +225,13 @@ std::string read_whole(int fd) {
 }
 
 /// Set once per program: tests inherit these, and cannot raise them.
-void limit_resources(const Worker& worker, const Limits& limits) {
+void limit_resources(const Worker& worker, const Limits& limits, bool few_tests) {
     limit(RLIMIT_AS, static_cast<rlim_t>(worker.bare_address_space + limits.memory_bytes + kStackRoom));
     limit(RLIMIT_FSIZE, static_cast<rlim_t>(limits.output_bytes));
     limit(RLIMIT_NOFILE, static_cast<rlim_t>(limits.open_files));
     if (worker.isolation.count_processes) {
-        limit(RLIMIT_NPROC, static_cast<rlim_t>(limits.processes + worker.isolation.processes_of_ours));
+        const int of_ours = worker.isolation.processes_of_ours - (few_tests ? 1 : 0);  // no solution process
+        limit(RLIMIT_NPROC, static_cast<rlim_t>(limits.processes + of_ours));
     }
     limit_softly(RLIMIT_CPU, kCompileSeconds);
 }
@@ -211,57 +244,98 @@ bool compile_program(const Worker& worker, std::string_view source) {
         report.kind = Report::Kind::NotCompiled;
         report.syntax_error = error.syntax;
         report.memory_error = error.memory;
-        send_message(worker.socket, report, error.text, {});
+        tell(worker, report, error.text);
         return false;
     }
-    worker.notes->compiled = true;
+    worker.beginning->compiled = true;
     return true;
 }
 
+/// In a child of the worker: no rights, no more than the limits, and the program compiled. Leaves the process
+/// when the source is no program.
+void prepare_program(const Worker& worker, const Message<Request>& program, pid_t parent) {
+    drop_privileges(worker.isolation);
+    die_with(parent);  // after the change of user, which forgets it
+    limit_resources(worker, program.header.limits, program.header.few_tests);
+    worker.interpreter.after_fork_in_child();
+    const auto source = read_whole(program.fds.at(0).get());
+    if (!compile_program(worker, source)) ::_exit(0);
+}
+
+// ---- solution process
+
 [[noreturn]] void solution_main(const Worker& worker, Message<Request> program, pid_t parent) {
+    const auto& limits = program.header.limits;
     try {
-        drop_privileges(worker.isolation);
-        die_with(parent);  // after the change of user, which forgets it
-        limit_resources(worker, program.header.limits);
-        worker.interpreter.after_fork_in_child();
-        const auto source = read_whole(program.fds.at(0).get());
+        prepare_program(worker, program, parent);
         program.fds.clear();
-        if (!compile_program(worker, source)) ::_exit(0);
         limit_softly(RLIMIT_CPU, RLIM_INFINITY);  // it forks from now on; each test has a limit of its own
         while (auto request = receive_request(worker.socket)) {
             if (request->header.kind != Request::Kind::Test) ::_exit(0);
-            const auto report = run_test(worker, request->fds, program.header.limits);
+            const pid_t solution = ::getpid();
+            const auto report =
+                run_test(worker, limits, [&] { test_main(worker, request->fds, limits, solution); });
+            if (report.kind == Report::Kind::Died) {
+                errno = EPERM;
+                fail("isolate a test process");
+            }
             if (!send_message(worker.socket, report, {}, {})) break;
         }
     } catch (const std::system_error& error) {
-        give_up(worker.socket, error);
+        give_up(worker, error);
     }
     ::_exit(0);
 }
 
 // ---- worker
 
-/// Forks the solution process, in a pid namespace of its own where there are any, and waits for its end.
-void run_program(const Worker& worker, Message<Request> program) {
-    *worker.notes = {};
-    const pid_t parent = worker.isolation.pid_namespace ? 0 : ::getpid();
+/// What a process of the worker's namespace may call its parent: 0 where it does not see it.
+pid_t visible_self(const Worker& worker) {
+    return worker.isolation.pid_namespace ? 0 : ::getpid();
+}
+
+[[noreturn]] void compile_and_test_main(const Worker& worker, const Message<Request>& program,
+                                        const std::vector<UniqueFd>& streams, pid_t parent) {
+    try {
+        prepare_program(worker, program, parent);
+        isolate_test(worker, streams, program.header.limits);
+    } catch (const std::system_error& error) {
+        give_up(worker, error);
+    }
+    run_to_the_end(worker);
+}
+
+/// Runs each test in a process of its own that also compiles the program: for few tests the cheaper way.
+void run_few_tests(const Worker& worker, const Message<Request>& program) {
+    const pid_t parent = visible_self(worker);
+    while (auto request = receive_request(worker.socket)) {
+        if (request->header.kind != Request::Kind::Test) return;
+        worker.beginning->compiled = worker.beginning->reported = false;
+        const auto report = run_test(worker, program.header.limits,
+                                     [&] { compile_and_test_main(worker, program, request->fds, parent); });
+        if (!worker.beginning->reported) send_message(worker.socket, report, {}, {});
+        if (report.kind == Report::Kind::Died) return;
+    }
+}
+
+/// Forks a solution process, which compiles the program once for all its tests, and waits for its end.
+void run_many_tests(const Worker& worker, Message<Request> program) {
+    worker.beginning->compiled = false;
+    const pid_t parent = visible_self(worker);
     worker.interpreter.before_fork();
-    // Not fork(): only the system call takes the flag. This process has one thread, so there is nothing to
-    // tidy up.
-    const long namespaces = worker.isolation.pid_namespace ? CLONE_NEWPID : 0;
-    const long solution = ::syscall(SYS_clone, namespaces | SIGCHLD, 0, 0, 0, 0);
+    const pid_t solution = ::fork();
     if (solution == 0) solution_main(worker, std::move(program), parent);
-    const int clone_error = errno;
+    const int fork_error = errno;
     worker.interpreter.after_fork_in_parent();
-    if (solution < 0) throw std::system_error(clone_error, std::generic_category(), "clone");
+    if (solution < 0) throw std::system_error(fork_error, std::generic_category(), "fork");
 
     int status = 0;
-    must(::waitpid(static_cast<pid_t>(solution), &status, 0) == solution, "waitpid");
+    must(::waitpid(solution, &status, 0) == solution, "waitpid");
     if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return;
     Report report{};
     report.kind = Report::Kind::Died;
     report.wait_status = status;
-    report.compiled = worker.notes->compiled;
+    report.compiled = worker.beginning->compiled;
     send_message(worker.socket, report, {}, {});
 }
 
@@ -289,24 +363,27 @@ void prepare_process() {
     ::pthread_attr_destroy(&attributes);
 }
 
-Notes* shared_notes() {
-    void* page = ::mmap(nullptr, sizeof(Notes), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+/// On pages of its own that children see too.
+template <typename Record>
+Record* shared() {
+    void* page = ::mmap(nullptr, sizeof(Record), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     must(page != MAP_FAILED, "mmap");
-    return static_cast<Notes*>(page);
+    return new (page) Record{};
 }
 
 }  // namespace
 
 void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter& interpreter) {
     prepare_process();
-    Worker worker{socket, {}, interpreter, statm_field(0), statm_field(1), shared_notes()};
+    Worker worker{
+        socket, {}, interpreter, statm_field(0), statm_field(1), shared<Beginning>(), shared<Confession>()};
     try {
         worker.isolation = isolate(view);
         die_with(supervisor);
         const int error = install(compile(worker_policy()));
         if (error) throw std::system_error(error, std::generic_category(), "seccomp");
     } catch (const std::system_error& error) {
-        give_up(socket, error);
+        give_up(worker, error);
     }
     ::malloc_trim(0);  // leaves the heap in order, or every child would tidy up its own copy
     Report ready{};
@@ -316,7 +393,12 @@ void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter
     if (!send_message(socket, ready, {}, {})) return;
     while (auto request = receive_request(socket)) {
         // Tests and ends that a dead solution process left unread are passed over.
-        if (request->header.kind == Request::Kind::Program) run_program(worker, std::move(*request));
+        if (request->header.kind != Request::Kind::Program) continue;
+        if (request->header.few_tests) {
+            run_few_tests(worker, *request);
+        } else {
+            run_many_tests(worker, std::move(*request));
+        }
     }
 }
 

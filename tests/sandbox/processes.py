@@ -14,8 +14,8 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def descendants(pid: int) -> list[int]:
-    """Pids of the children of `pid`, and of theirs."""
+def family(pid: int) -> list[int]:
+    """Pids of a process, of its children, and of theirs."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -24,11 +24,26 @@ def descendants(pid: int) -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             parents[int(entry.name)] = int(fields[1])
-    found, added = set(), {pid}
+    found, added = {pid}, {pid}
     while added:
         added = {child for child, parent in parents.items() if parent in added} - found
         found |= added
     return sorted(found)
+
+
+def descendants(worker: int) -> list[int]:
+    """Pids of the processes that a worker made for programs: all but the first of its pid namespace, which
+    does nothing but live as long as the worker."""
+    return [pid for pid in family(worker) if pid != worker and not is_first_of_its_namespace(pid)]
+
+
+def is_first_of_its_namespace(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    [pids] = [line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:")]
+    return len(pids) > 1 and pids[-1] == "1"
 
 
 def memory_of(pid: int) -> bytes:

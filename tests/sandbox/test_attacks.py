@@ -9,7 +9,7 @@ from threading import Thread
 import pytest
 
 from rlef_sandbox import Executor, Job, Limits, Result, Test, Verdict
-from tests.sandbox.processes import descendants, memory_of, wait_until
+from tests.sandbox.processes import descendants, family, memory_of, wait_until
 
 CALL = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
@@ -248,10 +248,12 @@ def test_nobody_is_root(executor):
 def test_no_other_process_is_visible(executor):
     program = (
         "import os\nseen = []\nfor pid in range(1, 5000):\n    try:\n        os.getpgid(pid); seen.append(pid)\n"
-        "    except OSError: pass\nprint(len(seen), os.getppid())"
+        "    except OSError: pass\nprint(seen[0], len(seen), seen[-1] == os.getpid())"
     )
 
-    assert attack(executor, program).stdout == "2 1\n"
+    assert attack(executor, program).stdout == "1 2 True\n"  # the first of the namespace, and itself
+    with_solution_process = executor.run(program, [Test("", "")] * 3)
+    assert {result.stdout for result in with_solution_process} == {"1 3 True\n"}
 
 
 def test_expected_output_is_in_no_memory_that_the_program_can_read(executor):
@@ -271,29 +273,31 @@ def test_expected_output_is_in_no_memory_that_the_program_can_read(executor):
     assert result.stdout == "nothing\n"
 
 
-def test_expected_output_never_enters_a_worker_process(executor):
+@pytest.mark.parametrize("tests", [1, 3])  # without a solution process, and with one
+def test_expected_output_never_enters_a_worker_process(executor, tests):
     secret = "seldom" + "-seen-" + str(os.getpid())
-    thread = Thread(target=executor.run, args=("import time; time.sleep(1)", [Test("", secret)]))
+    thread = Thread(target=executor.run, args=("import time; time.sleep(1)", [Test("", secret)] * tests))
     thread.start()
     [worker] = executor.worker_pids()
-    wait_until(lambda: len(descendants(worker)) == 2)  # the solution process and the test process
-    images = [memory_of(pid) for pid in [worker, *descendants(worker)]]
+    wait_until(lambda: len(descendants(worker)) == (1 if tests == 1 else 2))
+    images = [memory_of(pid) for pid in family(worker)]
     thread.join()
 
-    assert b"solution.py" in images[2]
+    assert sum(b"time.sleep(1)" in image for image in images) == (1 if tests == 1 else 2)
     assert not any(secret.encode() in image for image in images)
 
 
-def test_a_test_finds_nothing_of_the_test_before(executor):
+@pytest.mark.parametrize("tests", [2, 3])  # without a solution process, and with one
+def test_a_test_finds_nothing_of_the_test_before(executor, tests):
     program = (
         "import builtins, sys, atexit\nprint(getattr(builtins, 'left', None), 'left' in globals(), 'left' in sys.modules)\n"
         "builtins.left = left = input()\nsys.modules['left'] = sys\nprint = builtins.print = None\n"
         "atexit.register(sys.stdout.write, '')"
     )
 
-    results = executor.run(program, [Test("first", "none false false"), Test("second", "none false false")])
+    results = executor.run(program, [Test(str(i), "none false false") for i in range(tests)])
 
-    assert [result.verdict for result in results] == [Verdict.PASSED, Verdict.PASSED]
+    assert [result.verdict for result in results] == [Verdict.PASSED] * tests
 
 
 def test_a_program_finds_nothing_of_the_program_before(executor):

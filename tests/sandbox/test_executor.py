@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlef_sandbox import Executor, Job, Limits, SandboxFault, Test, Verdict
-from tests.sandbox.processes import descendants, is_alive, wait_until
+from tests.sandbox.processes import descendants, family, is_alive, wait_until
 
 ECHO = "print(input())"
 
@@ -109,7 +109,7 @@ def test_worker_that_dies_again_and_again_is_our_fault_and_not_the_programs():
         def kill_every_worker() -> None:
             while not done.is_set():
                 for worker in single.worker_pids():
-                    if len(descendants(worker)) == 2:  # it runs a test
+                    if descendants(worker):  # it runs a test
                         os.kill(worker, signal.SIGKILL)
                 time.sleep(0.02)
 
@@ -125,25 +125,29 @@ def test_worker_that_dies_again_and_again_is_our_fault_and_not_the_programs():
         assert single.run(ECHO, [Test("1", "1")])[0].verdict is Verdict.PASSED
 
 
-def test_closing_ends_every_process_and_the_calls_under_way():
+FEW, MANY = 1, 3  # tests of a program: each compiles it, or a solution process does so for all
+
+
+@pytest.mark.parametrize(("tests", "processes"), [(FEW, 1), (MANY, 2)])
+def test_closing_ends_every_process_and_the_calls_under_way(tests, processes):
     single = Executor(workers=1)
     [worker] = single.worker_pids()
     faults = []
 
     def wait() -> None:
         with pytest.raises(SandboxFault) as caught:
-            single.run("while True: pass", [Test("", "")])
+            single.run("while True: pass", [Test("", "")] * tests)
         faults.append(str(caught.value))
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    wait_until(lambda: len(descendants(worker)) == 2)
-    family = [worker, *descendants(worker)]
+    wait_until(lambda: len(descendants(worker)) == processes)
+    everybody = family(worker)
     single.close()
     waiting.join()
 
     assert faults == ["the executor was closed"]
-    wait_until(lambda: not any(is_alive(pid) for pid in family))
+    wait_until(lambda: not any(is_alive(pid) for pid in everybody))
 
 
 def test_closed_executor_says_so(executor: Executor):
@@ -160,7 +164,7 @@ import os, sys, threading
 from rlef_sandbox import Executor, Test
 executor = Executor(workers=2)
 for _ in range(2):
-    threading.Thread(target=executor.run, args=("while True: pass", [Test("", "")]), daemon=True).start()
+    threading.Thread(target=executor.run, args=("while True: pass", [Test("", "")] * {tests}), daemon=True).start()
 print(*executor.worker_pids(), flush=True)
 sys.stdin.readline()
 {ending}
@@ -171,9 +175,10 @@ sys.stdin.readline()
     "ending",
     ["os.kill(os.getpid(), 9)", "os._exit(1)", "sys.exit()", "os.abort()", "raise KeyboardInterrupt"],
 )
-def test_no_process_outlives_the_caller(ending):
+@pytest.mark.parametrize(("tests", "processes"), [(FEW, 1), (MANY, 2)])
+def test_no_process_outlives_the_caller(ending, tests, processes):
     caller = subprocess.Popen(
-        [sys.executable, "-c", CALLER.format(ending=ending)],
+        [sys.executable, "-c", CALLER.format(ending=ending, tests=tests)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -181,13 +186,13 @@ def test_no_process_outlives_the_caller(ending):
     )
     assert caller.stdout is not None
     workers = [int(pid) for pid in caller.stdout.readline().split()]
-    wait_until(lambda: all(len(descendants(worker)) == 2 for worker in workers))
-    family = [*workers, *(pid for worker in workers for pid in descendants(worker))]
-    assert len(family) == 6
+    wait_until(lambda: all(len(descendants(worker)) == processes for worker in workers))
+    everybody = [pid for worker in workers for pid in family(worker)]
+    assert len(everybody) >= 2 * (1 + processes)
 
     caller.communicate("go\n", timeout=20)
 
-    wait_until(lambda: not any(is_alive(pid) for pid in family))
+    wait_until(lambda: not any(is_alive(pid) for pid in everybody))
 
 
 def test_fork_of_the_caller_is_told_to_make_its_own(executor: Executor):

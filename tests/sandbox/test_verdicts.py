@@ -46,12 +46,14 @@ def test_exception_shows_the_traceback_of_the_solution_alone(run):
         ("exit(4)", 4),
         ("import os; os._exit(5)", 5),
         ("import sys; sys.exit(256 + 7)", 7),
+        *((f"import os; os._exit({status})", status) for status in (100, 120, 127, 250, 255)),
     ],
 )
-def test_exit_status_other_than_zero_is_an_exception(run, program, exit_code):
-    result = run(program)
+def test_exit_status_other_than_zero_is_an_exception(executor, program, exit_code):
+    for tests in (1, 3):  # without a solution process, and with one
+        result = executor.run(program, [Test("", "")] * tests)[-1]
 
-    assert (result.verdict, result.exit_code) == (Verdict.EXCEPTION, exit_code)
+        assert (result.verdict, result.exit_code) == (Verdict.EXCEPTION, exit_code)
 
 
 @pytest.mark.parametrize(
@@ -222,3 +224,34 @@ def test_result_says_what_ended_a_program_that_did_not_end_of_itself(run, progra
     limits = Limits(cpu_s=0.5, wall_s=2.0, memory_bytes=50 << 20, output_bytes=100_000)
 
     assert run(program, limits=limits).stopped_by == stopped_by
+
+
+@pytest.mark.parametrize("tests", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("program", "verdict"),
+    [
+        ("print(input())", "passed"),
+        ("print(1", "syntax_error"),
+        ("1 / 0", "exception"),
+        ("while True: pass", "timeout"),
+        ("import os; os.kill(os.getpid(), 9)", "exception"),
+        ("x = " + "(" * 150 + "1" + ")" * 150, "wrong_output"),
+    ],
+)
+def test_verdict_does_not_depend_on_how_many_tests_there_are(executor, program, verdict, tests):
+    limits = Limits(cpu_s=0.2, memory_bytes=256 << 20)
+
+    results = executor.run(program, [Test("7", "7")] * tests, limits=limits)
+
+    assert [result.verdict.value for result in results] == [verdict] * tests
+
+
+def test_compiling_is_not_charged_to_the_test(executor):
+    long_to_compile = "if 0:\n" + "    x = [1, 2, 3]\n" * 100_000 + "print(input())"
+    for tests in (1, 3):
+        result = executor.run(
+            long_to_compile, [Test("7", "7")] * tests, limits=Limits(cpu_s=0.15, wall_s=30)
+        )[0]
+
+        assert result.verdict is Verdict.PASSED
+        assert result.cpu_s < 0.15

@@ -75,6 +75,7 @@ rlef::Limits limits_of(const py::handle& limits) {
 rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
     const py::object own_limits = job.attr("limits");
     rlef::Job result{utf8(job.attr("program")),
+                     utf8(job.attr("function")),
                      {},
                      limits_of(own_limits.is_none() ? default_limits : own_limits),
                      job.attr("stop_at_first_failure").cast<bool>(),
@@ -156,7 +157,7 @@ std::vector<std::pair<std::string, int>> layers(rlef::Supervisor& supervisor) {
 }
 
 /// A worker's life. `compile(bytes)` returns a program or a (text, is_syntax_error, is_memory_error) tuple;
-/// `run(program)` returns (exit code, whether an uncaught MemoryError ended it).
+/// `run(program, function)` returns (exit code, whether an uncaught MemoryError ended it).
 void serve(int socket, int supervisor, const rlef::FileView& view, const py::function& compile,
            const py::function& run_program) {
     py::object program;
@@ -172,8 +173,9 @@ void serve(int socket, int supervisor, const rlef::FileView& view, const py::fun
         }
         program = std::move(compiled);
     };
-    interpreter.run = [&] {
-        const auto [exit_code, memory_error] = run_program(program).cast<std::pair<int, bool>>();
+    interpreter.run = [&](std::string_view function) {
+        const auto ending = run_program(program, py::str(function.data(), function.size()));
+        const auto [exit_code, memory_error] = ending.cast<std::pair<int, bool>>();
         return rlef::Ending{exit_code, memory_error};
     };
     rlef::serve(socket, supervisor, view, interpreter);

@@ -16,7 +16,7 @@ namespace rlef {
 /// From the supervisor to a worker. Expected outputs are not among it.
 struct Request {
     enum class Kind : std::uint32_t {
-        Program,  // limits; with one descriptor: the source
+        Program,  // limits; with one descriptor: the source. The text names the function to call, if any
         Test,     // with three descriptors: standard input, output and error
         End,      // no more tests of this program
     };

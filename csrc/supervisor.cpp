@@ -436,7 +436,7 @@ void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
         const auto source = sealed_file("solution.py", slot.job().program);
         const bool few_tests = slot.job().tests.size() - job.first_test <= kFewTests;
         const Request request{Request::Kind::Program, few_tests, slot.job().limits};
-        if (send_message(slot.socket.get(), request, {}, {source.get()})) send_tests(slot);
+        if (send_message(slot.socket.get(), request, slot.job().function, {source.get()})) send_tests(slot);
         // A worker that is gone shows itself when its reports are read.
     } catch (const std::system_error& error) {
         handle_death(slot, error.what());

@@ -44,6 +44,7 @@ struct TestCase {
 /// One program and the tests to run it on.
 struct Job {
     std::string program;
+    std::string function;  // to call with the arguments in a test's input; empty: the program is a script
     std::vector<TestCase> tests;
     Limits limits;
     bool stop_at_first_failure;

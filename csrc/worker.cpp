@@ -58,6 +58,17 @@ std::int64_t read_clock(clockid_t clock) {
     return nanoseconds(time);
 }
 
+std::int64_t cpu_time(const rusage& usage) {
+    return nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime);
+}
+
+/// By getrusage: the process's CPU clock may be a tick behind when the process itself asks.
+std::int64_t own_cpu_time() {
+    rusage usage{};
+    must(::getrusage(RUSAGE_SELF, &usage) == 0, "getrusage");
+    return cpu_time(usage);
+}
+
 void limit(__rlimit_resource resource, rlim_t most) {
     const rlimit both{most, most};
     must(::setrlimit(resource, &both) == 0, "setrlimit");
@@ -127,33 +138,32 @@ void isolate_test(const Worker& worker, const std::vector<UniqueFd>& streams, co
         must(::dup2(streams[static_cast<std::size_t>(target)].get(), target) == target, "dup2");
     }
     must(::syscall(SYS_close_range, 3, ~0U, 0) == 0, "close_range");
-    const auto cpu_used = read_clock(CLOCK_PROCESS_CPUTIME_ID);
-    limit_softly(RLIMIT_CPU, static_cast<rlim_t>((cpu_used + limits.cpu_ns) / kSecond + 2));
+    limit_softly(RLIMIT_CPU, static_cast<rlim_t>((own_cpu_time() + limits.cpu_ns) / kSecond + 2));
     const int error = install(compile(test_policy(::getpid())));
     if (error) throw std::system_error(error, std::generic_category(), "seccomp");
-    worker.beginning->cpu_ns = read_clock(CLOCK_PROCESS_CPUTIME_ID);
+    worker.beginning->cpu_ns = own_cpu_time();
     worker.beginning->time_ns = read_clock(CLOCK_MONOTONIC);
     worker.beginning->isolated = true;
     must(::munmap(worker.beginning, sizeof(Beginning)) == 0, "munmap");
 }
 
 /// What a test process does last: it runs the program that is compiled.
-[[noreturn]] void run_to_the_end(const Worker& worker) {
-    const auto ending = worker.interpreter.run();
+[[noreturn]] void run_to_the_end(const Worker& worker, std::string_view function) {
+    const auto ending = worker.interpreter.run(function);
     worker.confession->memory_error = ending.memory_error;
     ::_exit(ending.exit_code);
 }
 
-[[noreturn]] void test_main(const Worker& worker, const std::vector<UniqueFd>& streams, const Limits& limits,
-                            pid_t solution) {
+[[noreturn]] void test_main(const Worker& worker, const Message<Request>& program,
+                            const std::vector<UniqueFd>& streams, pid_t solution) {
     try {
         die_with(solution);
-        isolate_test(worker, streams, limits);
+        isolate_test(worker, streams, program.header.limits);
     } catch (const std::system_error&) {
         ::_exit(kSetupFailed);
     }
     worker.interpreter.after_fork_in_child();
-    run_to_the_end(worker);
+    run_to_the_end(worker, program.text);
 }
 
 // ---- what has a test process for a child
@@ -206,7 +216,7 @@ Report run_test(const Worker& worker, const Limits& limits, Body body) {
     report.compiled = beginning.compiled;
     report.kind = beginning.isolated ? Report::Kind::Finished : Report::Kind::Died;
     report.wall_ns = read_clock(CLOCK_MONOTONIC) - beginning.time_ns;
-    report.cpu_ns = nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime) - beginning.cpu_ns;
+    report.cpu_ns = cpu_time(usage) - beginning.cpu_ns;
     report.peak_memory_bytes = static_cast<std::int64_t>(usage.ru_maxrss) * 1024;
     report.memory_error = worker.confession->memory_error;
     return report;
@@ -274,7 +284,7 @@ void prepare_program(const Worker& worker, const Message<Request>& program, pid_
             if (request->header.kind != Request::Kind::Test) ::_exit(0);
             const pid_t solution = ::getpid();
             const auto report =
-                run_test(worker, limits, [&] { test_main(worker, request->fds, limits, solution); });
+                run_test(worker, limits, [&] { test_main(worker, program, request->fds, solution); });
             if (report.kind == Report::Kind::Died) {
                 errno = EPERM;
                 fail("isolate a test process");
@@ -302,7 +312,7 @@ pid_t visible_self(const Worker& worker) {
     } catch (const std::system_error& error) {
         give_up(worker, error);
     }
-    run_to_the_end(worker);
+    run_to_the_end(worker, program.text);
 }
 
 /// Runs each test in a process of its own that also compiles the program: for few tests the cheaper way.

@@ -29,8 +29,9 @@ struct Interpreter {
     std::function<void()> after_fork_in_child;
     /// Keeps the compiled program. Throws CompileError.
     std::function<void(std::string_view source)> compile;
-    /// Runs the program that was compiled, flushes, and says how it ended.
-    std::function<Ending()> run;
+    /// Runs the program that was compiled, flushes, and says how it ended. With the name of a function, the
+    /// program is that function, called with the arguments that standard input holds.
+    std::function<Ending(std::string_view function)> run;
 };
 
 /// The life of a worker: isolates itself, then runs programs until the supervisor's end of `socket` closes.

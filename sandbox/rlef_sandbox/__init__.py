@@ -5,11 +5,23 @@ from rlef_sandbox.checks import LayerReport, check
 from rlef_sandbox.executor import Executor
 from rlef_sandbox.judges import outputs_match
 from rlef_sandbox.layers import NAMESPACES, Layer
-from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, StoppedBy, Test, Tokens, Verdict
+from rlef_sandbox.records import (
+    Call,
+    Job,
+    Judge,
+    Limits,
+    Result,
+    SandboxFault,
+    StoppedBy,
+    Test,
+    Tokens,
+    Verdict,
+)
 
 __all__ = [
     "NAMESPACES",
     "Batch",
+    "Call",
     "Executor",
     "Job",
     "Judge",

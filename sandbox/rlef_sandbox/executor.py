@@ -9,7 +9,7 @@ from types import TracebackType
 
 from rlef_sandbox import _core
 from rlef_sandbox.batch import Batch
-from rlef_sandbox.records import Job, Judge, Limits, Result, SandboxFault, Test, Verdict
+from rlef_sandbox.records import Call, Job, Judge, Limits, Result, SandboxFault, Test, Verdict
 from rlef_sandbox.workers import start_workers
 
 
@@ -46,14 +46,22 @@ class Executor:
     def run(
         self,
         program: str,
-        tests: Sequence[Test],
+        tests: Sequence[Test] | Sequence[Call],
         *,
         stop_at_first_failure: bool = False,
         limits: Limits | None = None,
-        judge: Judge = "code_contests",
+        judge: Judge | None = None,
+        function: str = "",
     ) -> list[Result]:
-        """Run one program; results in the order of `tests`. See `run_many`."""
-        job = Job(program, tests, limits=limits, stop_at_first_failure=stop_at_first_failure, judge=judge)
+        """Run one program; results in the order of `tests`. See `Job` and `run_many`."""
+        job = Job(
+            program,
+            tests,
+            limits=limits,
+            stop_at_first_failure=stop_at_first_failure,
+            judge=judge,
+            function=function,
+        )
         return self.run_many([job])[0]
 
     def run_many(self, jobs: Sequence[Job]) -> list[list[Result]]:
@@ -73,14 +81,22 @@ class Executor:
     async def run_async(
         self,
         program: str,
-        tests: Sequence[Test],
+        tests: Sequence[Test] | Sequence[Call],
         *,
         stop_at_first_failure: bool = False,
         limits: Limits | None = None,
-        judge: Judge = "code_contests",
+        judge: Judge | None = None,
+        function: str = "",
     ) -> list[Result]:
         """`run` for asyncio. Cancelling the task ends the program."""
-        job = Job(program, tests, limits=limits, stop_at_first_failure=stop_at_first_failure, judge=judge)
+        job = Job(
+            program,
+            tests,
+            limits=limits,
+            stop_at_first_failure=stop_at_first_failure,
+            judge=judge,
+            function=function,
+        )
         return (await self.run_many_async([job]))[0]
 
     async def run_many_async(self, jobs: Sequence[Job]) -> list[list[Result]]:

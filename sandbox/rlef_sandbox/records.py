@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from math import isfinite
 from typing import Literal
+
+from rlef_sandbox.values import text_of
 
 
 class SandboxFault(RuntimeError):  # noqa: N818 - a fault of ours, as against a program's error
@@ -64,6 +67,27 @@ class Test:
     __test__ = False  # pytest: not a test class
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a function is called with, and what it should return: values that JSON has.
+
+    Stands where a `Test` does, in a job that names a `function`.
+    """
+
+    arguments: Sequence[object]
+    expected: object
+
+    @property
+    def input(self) -> str:
+        """The arguments as the program's process reads them. Raises TypeError if JSON cannot hold them."""
+        return json.dumps(list(self.arguments)) + "\n"
+
+    @property
+    def expected_output(self) -> str:
+        """Raises TypeError if JSON cannot hold the value."""
+        return text_of(self.expected)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one test of one program may use. Raises ValueError for a value out of range."""
@@ -106,14 +130,28 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One program and the tests to run it on."""
+    """One program and the tests to run it on.
+
+    With a `function`, the program is loaded as a module and that function is called, or that method of a new
+    `Solution()`; tests are then `Call`s. What it prints goes to standard error; what it returns is the output,
+    as JSON. Raises ValueError for a name that is none.
+    """
 
     program: str
-    tests: Sequence[Test]
+    tests: Sequence[Test] | Sequence[Call]
     _: KW_ONLY
     limits: Limits | None = None  # None: the executor's
     stop_at_first_failure: bool = False
-    judge: Judge = "code_contests"
+    judge: Judge | None = None  # None: "code_contests", and "tokens" for what a function returns
+    function: str = ""
+
+    def __post_init__(self) -> None:
+        if self.function and not self.function.isidentifier():
+            raise ValueError(f"function is {self.function!r}: give the name of one, as in 'solve'")
+        if not self.function and any(isinstance(test, Call) for test in self.tests):
+            raise ValueError("tests are calls: name the function that they call, as in function='solve'")
+        if self.judge is None:
+            object.__setattr__(self, "judge", "tokens" if self.function else "code_contests")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

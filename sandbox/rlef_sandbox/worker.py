@@ -6,10 +6,13 @@ grandchildren. Arguments: the path of the compiled core, and the supervisor's pr
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import sys
 from types import CodeType, ModuleType
+
+from values import text_of  # type: ignore[import-not-found]  # the file beside this one
 
 SOCKET = 3
 MAIN_STACK_BYTES = 512 << 20  # room for deep recursion; the kernel fixes it when a process image starts
@@ -149,7 +152,7 @@ def _rehearse() -> None:
     _new_main_module()
     program = _compile(REHEARSAL)
     assert isinstance(program, CodeType)
-    _run(program)
+    _run(program, "")
     for stream, file in enumerate(kept):
         getattr(sys, ("stdin", "stdout", "stderr")[stream]).seek(0)
         os.dup2(file, stream)
@@ -191,15 +194,19 @@ def _description(error: BaseException, source: bytes) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _run(code: CodeType) -> tuple[int, bool]:
-    """Run the program in `__main__` and end as the interpreter would, but for freeing what it holds.
+def _run(code: CodeType, function: str) -> tuple[int, bool]:
+    """Run the program in `__main__`, or call its function, and end as the interpreter would, but for freeing
+    what it holds.
 
     Returns the exit status, and whether an uncaught MemoryError ended it.
     """
     namespace = sys.modules["__main__"].__dict__
     memory_error = False
     try:
-        exec(code, namespace)
+        if function:
+            _call(code, function)
+        else:
+            exec(code, namespace)
         status = 0
     except SystemExit as request:
         status = _exit_status(request.code)
@@ -208,6 +215,28 @@ def _run(code: CodeType) -> tuple[int, bool]:
         _report(error)
         status = 1
     return _finish(namespace, status), memory_error
+
+
+def _call(code: CodeType, function: str) -> None:
+    """Load the program as a module, call its function with the arguments on standard input, and write what it
+    returns to standard output. What it prints goes to standard error."""
+    output, sys.stdout = sys.stdout, sys.stderr
+    namespace = sys.modules["__main__"].__dict__
+    namespace["__name__"] = "solution"
+    exec(code, namespace)
+    if function in namespace:
+        target = namespace[function]
+    elif "Solution" in namespace:
+        target = getattr(namespace["Solution"](), function)
+    else:
+        raise NameError(f"the program has no function {function!r}")
+    value = target(*json.loads(sys.stdin.readline()))
+    try:
+        text = text_of(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"what {function} returned is no JSON value: {error}") from None
+    output.write(text + "\n")
+    output.flush()
 
 
 def _exit_status(code: object) -> int:
@@ -220,11 +249,12 @@ def _exit_status(code: object) -> int:
 
 
 def _report(error: BaseException) -> None:
-    """Print the traceback as for a script, without this file's frame."""
+    """Print the traceback as for a script, without this file's frames."""
     import traceback
 
-    assert error.__traceback__ is not None
-    frames = error.__traceback__.tb_next
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
     if sys.excepthook is not sys.__excepthook__:
         sys.excepthook(type(error), error, frames)
     else:

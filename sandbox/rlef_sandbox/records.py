@@ -133,8 +133,8 @@ class Job:
     """One program and the tests to run it on.
 
     With a `function`, the program is loaded as a module and that function is called, or that method of a new
-    `Solution()`; tests are then `Call`s. What it prints goes to standard error; what it returns is the output,
-    as JSON. Raises ValueError for a name that is none.
+    `Solution()`; tests are then `Call`s. What it prints goes to standard error; what it returns is the
+    output, as JSON. Raises ValueError for a name that is none.
     """
 
     program: str

@@ -1,4 +1,4 @@
-"""Values of function calls as text: JSON whose tokens stand apart, so that outputs are compared token by token.
+"""Values of function calls as text: JSON whose tokens stand apart, to be compared one by one.
 
 Used on both sides: for what a function returned, in the worker, and for what it should return, outside.
 """

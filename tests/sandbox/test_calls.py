@@ -115,7 +115,7 @@ def test_human_eval_style_assertions_are_a_program_without_input(executor: Execu
 def test_calls_without_a_function_and_a_function_that_is_no_name_are_refused(executor: Executor):
     with pytest.raises(ValueError, match="tests are calls: name the function that they call"):
         executor.run("", [Call([], 1)])
-    with pytest.raises(ValueError, match="function is 'a.b': give the name of one"):
+    with pytest.raises(ValueError, match=r"function is 'a\.b': give the name of one"):
         call(executor, "", Call([], 1), function="a.b")
     with pytest.raises(TypeError, match="Object of type set is not JSON serializable"):
         call(executor, "def solve(): pass", Call([{1}], 1))

@@ -221,7 +221,8 @@ def test_output_that_is_not_utf8_is_decoded_with_replacement(run):
     ],
 )
 def test_result_says_what_ended_a_program_that_did_not_end_of_itself(run, program, stopped_by):
-    limits = Limits(cpu_s=0.5, wall_s=2.0, memory_bytes=50 << 20, output_bytes=100_000)
+    wall_s = 0.5 if stopped_by == "wall_limit" else 30.0
+    limits = Limits(cpu_s=0.5, wall_s=wall_s, memory_bytes=50 << 20, output_bytes=100_000)
 
     assert run(program, limits=limits).stopped_by == stopped_by
 

@@ -22,7 +22,9 @@ using namespace std::chrono_literals;
 
 constexpr int kWorkerSocket = 3;
 constexpr unsigned kMostAttempts = 3;
-constexpr unsigned kMostFailedStarts = 3;
+constexpr unsigned kMostFailedStarts = 3;  // in a row
+constexpr auto kPauseAfterFailedStart = 100ms;
+constexpr auto kPauseAfterMostFailedStarts = 1s;
 constexpr std::size_t kTestsAhead = 2;  // one runs while the next already waits in the socket
 constexpr std::size_t kFewTests = 2;    // compile the program in each: cheaper than one more process
 constexpr auto kStartPatience = 60s;
@@ -200,6 +202,7 @@ struct WorkerSlot {
     UniqueFd socket;
     UniqueFd log;  // the worker's standard error
     unsigned failed_starts = 0;
+    std::chrono::steady_clock::time_point start_at;  // Absent: not before
     std::chrono::steady_clock::time_point deadline;
 
     std::shared_ptr<Batch> batch;
@@ -350,9 +353,7 @@ void Supervisor::supervise() {
     Lock lock(mutex_);
     try {
         while (!closing_) {
-            for (auto& slot : slots_) {
-                if (slot->state == WorkerSlot::State::Absent && fault_.empty()) start(*slot);
-            }
+            start_absent_workers();
             assign_jobs();
             lock.unlock();
             wait_for_events();
@@ -372,7 +373,10 @@ void Supervisor::supervise() {
 void Supervisor::wait_for_events() {
     std::vector<pollfd> events{{wake_up_.get(), POLLIN, 0}};
     auto until = Clock::now() + 1h;
-    for (const auto& slot : slots_) {  // slots change in this thread only, so looking needs no lock
+    for (const auto& slot :
+         slots_) {  // slots and the fault change in this thread only: looking needs no lock
+        const bool to_be_started = slot->state == WorkerSlot::State::Absent && fault_.empty();
+        if (to_be_started) until = std::min(until, slot->start_at);
         if (!slot->socket) continue;
         events.push_back({slot->socket.get(), POLLIN, 0});
         if (slot->state != WorkerSlot::State::Idle) until = std::min(until, slot->deadline);
@@ -382,6 +386,19 @@ void Supervisor::wait_for_events() {
     if (events.front().revents) {
         std::uint64_t count;
         [[maybe_unused]] const auto size = ::read(wake_up_.get(), &count, sizeof count);
+    }
+}
+
+void Supervisor::start_absent_workers() {
+    for (auto& slot : slots_) {
+        const bool due = slot->state == WorkerSlot::State::Absent && Clock::now() >= slot->start_at;
+        if (!due || !fault_.empty()) continue;
+        try {
+            start(*slot);
+        } catch (const std::system_error& error) {
+            stop(*slot);
+            handle_failed_start(*slot, error.what());
+        }
     }
 }
 
@@ -412,8 +429,10 @@ void Supervisor::stop(WorkerSlot& slot) {
         }
     }
     const auto failed_starts = slot.failed_starts;
+    const auto start_at = slot.start_at;
     slot = WorkerSlot{};
     slot.failed_starts = failed_starts;
+    slot.start_at = start_at;
 }
 
 void Supervisor::assign_jobs() {
@@ -522,6 +541,7 @@ void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
     }
     slot.failed_starts = 0;
     slot.state = WorkerSlot::State::Idle;
+    ever_ready_ = true;
     changed_.notify_all();
 }
 
@@ -574,7 +594,22 @@ void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
     }
     stop(slot);
     ++restarts_;
-    if (starting && ++slot.failed_starts >= kMostFailedStarts) fail_everything(fault);
+    if (starting) handle_failed_start(slot, fault);
+}
+
+/// Tries again a little later. After several failures what waits is given up, where no other worker is left
+/// to do it; but once there were workers, there may be some again.
+void Supervisor::handle_failed_start(WorkerSlot& slot, const std::string& fault) {
+    const auto now = Clock::now();
+    slot.start_at = now + kPauseAfterFailedStart;
+    if (++slot.failed_starts < kMostFailedStarts) return;
+    if (!ever_ready_) return fail_everything(fault);
+    slot.failed_starts = 0;
+    slot.start_at = now + kPauseAfterMostFailedStarts;
+    const bool any_left = std::any_of(slots_.begin(), slots_.end(), [](const auto& other) {
+        return other->state == WorkerSlot::State::Idle || other->state == WorkerSlot::State::Busy;
+    });
+    if (!any_left) fail_queue(fault);
 }
 
 void Supervisor::fail_batch(Batch& batch, const std::string& fault) {
@@ -590,10 +625,14 @@ void Supervisor::tell(Batch& batch) {
     }
 }
 
-void Supervisor::fail_everything(const std::string& fault) {
-    if (fault_.empty()) fault_ = fault;
+void Supervisor::fail_queue(const std::string& fault) {
     for (auto& job : queue_) fail_batch(*job.batch, fault);
     queue_.clear();
+}
+
+void Supervisor::fail_everything(const std::string& fault) {
+    if (fault_.empty()) fault_ = fault;
+    fail_queue(fault);
     for (auto& slot : slots_) {
         if (slot->batch) fail_batch(*slot->batch, fault);
         stop(*slot);

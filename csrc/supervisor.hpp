@@ -144,7 +144,9 @@ class Supervisor {
     };
 
     void supervise();
+    void start_absent_workers();
     void start(WorkerSlot& slot);
+    void handle_failed_start(WorkerSlot& slot, const std::string& fault);
     void stop(WorkerSlot& slot);
     void assign_jobs();
     void give(WorkerSlot& slot, QueuedJob job);
@@ -158,6 +160,7 @@ class Supervisor {
     void finish_job(WorkerSlot& slot);
     void fail_batch(Batch& batch, const std::string& fault);
     void tell(Batch& batch);
+    void fail_queue(const std::string& fault);
     void fail_everything(const std::string& fault);
     void wait_for_events();
     void wake();
@@ -175,6 +178,7 @@ class Supervisor {
     std::int64_t bare_memory_bytes_ = 0;
     std::string fault_;
     std::uint64_t restarts_ = 0;
+    bool ever_ready_ = false;
     bool closing_ = false;
     std::thread thread_;
 };

@@ -130,6 +130,10 @@ class Executor:
                 f"{sys.base_prefix}?"
             )
 
+    def restarts(self) -> int:
+        """How many workers have been replaced because they died or could not be started."""
+        return self._supervisor.restarts()
+
     def worker_pids(self) -> list[int]:
         """The worker processes that live now."""
         return self._supervisor.worker_pids()

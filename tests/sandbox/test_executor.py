@@ -245,3 +245,45 @@ def test_interpreter_that_cannot_be_started_is_a_fault(monkeypatch):
 
     with pytest.raises(SandboxFault, match="start /nowhere/python: No such file or directory"):
         Executor(workers=1)
+
+
+WITHOUT_DESCRIPTORS = """
+import os, resource
+from rlef_sandbox import Executor, SandboxFault, Test
+tests = [Test("1", "1")]
+with Executor(workers=1) as executor:
+    few = max(map(int, os.listdir("/proc/self/fd")))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+    try:
+        executor.run("print(input())", tests)
+    except SandboxFault as fault:
+        print(fault)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    print(executor.run("print(input())", tests)[0].verdict.value, executor.restarts() > 0)
+"""
+
+
+def test_a_caller_out_of_descriptors_gets_a_fault_and_later_verdicts_again():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    fault, verdict = done.stdout.splitlines()
+    assert "Too many open files" in fault
+    assert verdict == "passed True"
+
+
+def test_workers_that_cannot_be_replaced_are_a_fault_until_they_can(monkeypatch, tmp_path: Path):
+    interpreter = tmp_path / "python"
+    interpreter.symlink_to(sys.executable)
+    monkeypatch.setattr(os.path, "realpath", lambda path: str(interpreter) if path else path)
+    with Executor(workers=1) as single:
+        interpreter.unlink()
+        os.kill(single.worker_pids()[0], signal.SIGKILL)
+        with pytest.raises(SandboxFault, match="No such file or directory"):
+            single.run(ECHO, [Test("1", "1")])
+        interpreter.symlink_to(sys.executable)
+
+        wait_until(lambda: len(single.worker_pids()) == 1)
+        assert single.run(ECHO, [Test("1", "1")])[0].verdict is Verdict.PASSED

@@ -21,6 +21,8 @@ RUNS = {
     "seed 2": ("run.seed=2",),
     "seed 3": ("run.seed=3",),
     "token-level value": ("run.seed=1", "ppo.value_level=token"),
+    "token-level value seed 2": ("run.seed=2", "ppo.value_level=token"),
+    "token-level value seed 3": ("run.seed=3", "ppo.value_level=token"),
     "no feedback in training": ("run.seed=1", "rollout.feedback=none"),
     "single-turn training": ("run.seed=1", "rollout.turns=1"),
 }

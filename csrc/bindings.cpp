@@ -60,7 +60,8 @@ rlef::Judge judge_of(const py::handle& judge) {
         if (judge.equal(py::str(name))) return {kind, 0, 0, false};
     }
     throw py::value_error("judge is " + py::repr(judge).cast<std::string>() +
-                          ": give 'code_contests', 'exact', 'tokens' or Tokens(...)");
+                          ": give 'code_contests', 'exact', 'tokens', Tokens(...) or, to an "
+                          "executor, Checker(...)");
 }
 
 rlef::Limits limits_of(const py::handle& limits) {
@@ -74,12 +75,17 @@ rlef::Limits limits_of(const py::handle& limits) {
 
 rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
     const py::object own_limits = job.attr("limits");
+    const py::object judge = job.attr("judge");
+    const bool has_checker = py::hasattr(judge, "program");
+    const auto limits = limits_of(own_limits.is_none() ? default_limits : own_limits);
     rlef::Job result{utf8(job.attr("program")),
                      utf8(job.attr("function")),
                      {},
-                     limits_of(own_limits.is_none() ? default_limits : own_limits),
+                     limits,
                      job.attr("stop_at_first_failure").cast<bool>(),
-                     judge_of(job.attr("judge"))};
+                     has_checker ? rlef::Judge{} : judge_of(judge),
+                     has_checker ? utf8(judge.attr("program")) : std::string{},
+                     has_checker ? limits_of(judge.attr("limits")) : limits};
     for (const auto& test : job.attr("tests")) {
         result.tests.push_back({utf8(test.attr("input")), utf8(test.attr("expected_output"))});
     }

@@ -17,7 +17,7 @@ namespace rlef {
 struct Request {
     enum class Kind : std::uint32_t {
         Program,  // limits; with one descriptor: the source. The text names the function to call, if any
-        Test,     // with three descriptors: standard input, output and error
+        Test,     // with descriptors: standard input, output and error, and what a checker reads besides
         End,      // no more tests of this program
     };
     Kind kind;

@@ -26,7 +26,8 @@ constexpr unsigned kMostFailedStarts = 3;  // in a row
 constexpr auto kPauseAfterFailedStart = 100ms;
 constexpr auto kPauseAfterMostFailedStarts = 1s;
 constexpr std::size_t kTestsAhead = 2;  // one runs while the next already waits in the socket
-constexpr std::size_t kFewTests = 2;    // compile the program in each: cheaper than one more process
+constexpr auto kCheckerFunction = "check";
+constexpr std::size_t kFewTests = 2;  // compile the program in each: cheaper than one more process
 constexpr auto kStartPatience = 60s;
 constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, and a machine under load
 
@@ -110,6 +111,11 @@ void note_status(Outcome& outcome, int wait_status) {
     }
 }
 
+void cut_output(Outcome& outcome, const Limits& limits) {
+    const auto kept = static_cast<std::size_t>(limits.kept_output_bytes);
+    if (outcome.out.size() > kept) outcome.out.resize(kept);
+}
+
 Outcome judge(const Report& report, const Streams& streams, const Job& job, const TestCase& test,
               std::int64_t bare_memory) {
     Outcome outcome;
@@ -126,9 +132,10 @@ Outcome judge(const Report& report, const Streams& streams, const Job& job, cons
         outcome.verdict = ending->verdict;
         outcome.stopped_by = ending->stopped_by;
     } else {
-        const bool accepted = outputs_match(job.judge, test.expected_output, outcome.out);
+        const bool accepted = !job.checker.empty() ||  // for the time being
+                              outputs_match(job.judge, test.expected_output, outcome.out);
         outcome.verdict = accepted ? Verdict::Passed : Verdict::WrongOutput;
-        if (out_size > kept) outcome.out.resize(kept);
+        if (job.checker.empty()) cut_output(outcome, job.limits);
     }
     outcome.out_truncated = out_size > kept;
     outcome.err = read_range(streams.err, err_size - std::min(kept, err_size), err_size);
@@ -146,6 +153,45 @@ Outcome not_compiled(const Message<Report>& report) {
     outcome.exit_code = 1;
     outcome.err = report.text;
     return outcome;
+}
+
+/// What the job's checker has to look at; null when the job has none, or no test that ended well.
+std::shared_ptr<Check> check_of(const Job& job, const std::vector<Outcome>& outcomes) {
+    if (job.checker.empty()) return nullptr;
+    auto check = std::make_shared<Check>();
+    check->job = {job.checker, kCheckerFunction, {}, job.checker_limits, false, {}, {}, {}};
+    for (std::size_t i = 0; i < outcomes.size(); ++i) {
+        if (outcomes[i].verdict != Verdict::Passed) continue;
+        check->tests.push_back(i);
+        check->job.tests.push_back(job.tests[i]);
+        check->outputs.push_back(outcomes[i].out);
+    }
+    check->outcomes.resize(check->tests.size());
+    return check->tests.empty() ? nullptr : check;
+}
+
+std::string last_line(std::string text) {
+    while (!text.empty() && text.back() == '\n') text.pop_back();
+    return text.substr(text.rfind('\n') + 1);
+}
+
+/// Whether the checker ended well and returned this.
+bool returned(const Outcome& checker, std::string_view value) {
+    return checker.exit_code == 0 && checker.stopped_by == StoppedBy::Nothing && checker.out == value;
+}
+
+/// What a checker did that returned neither true nor false.
+std::string misconduct(const Outcome& checker) {
+    if (checker.signal) return "it was ended by signal " + std::to_string(*checker.signal);
+    if (checker.exit_code == 0) return "it must return True or False, not " + last_line(checker.out);
+    const auto error = last_line(checker.err);
+    return error.empty() ? "its exit status is " + std::to_string(checker.exit_code.value_or(0)) : error;
+}
+
+void skip_after_failure(std::vector<Outcome>& outcomes) {
+    const auto failed = std::find_if(outcomes.begin(), outcomes.end(),
+                                     [](const auto& outcome) { return outcome.verdict != Verdict::Passed; });
+    if (failed != outcomes.end()) std::fill(std::next(failed), outcomes.end(), Outcome{});
 }
 
 std::vector<char*> pointers(const std::vector<std::string>& strings) {
@@ -187,11 +233,6 @@ void block_all_signals() {
     ::pthread_sigmask(SIG_BLOCK, &all, nullptr);
 }
 
-std::string last_line(std::string text) {
-    while (!text.empty() && text.back() == '\n') text.pop_back();
-    return text.substr(text.rfind('\n') + 1);
-}
-
 }  // namespace
 
 /// One worker process and what it is doing.
@@ -207,13 +248,15 @@ struct WorkerSlot {
 
     std::shared_ptr<Batch> batch;
     std::size_t job_index = 0;
+    std::shared_ptr<Check> check;
     unsigned attempts = 0;
     std::size_t next_to_send = 0;
     std::size_t next_to_report = 0;
     std::deque<Streams> streams;  // of the tests sent and not reported
 
-    const Job& job() const { return batch->jobs[job_index]; }
-    std::vector<Outcome>& outcomes() const { return batch->outcomes[job_index]; }
+    /// What it runs: a job, or the checker of that job.
+    const Job& job() const { return check ? check->job : batch->jobs[job_index]; }
+    std::vector<Outcome>& outcomes() const { return check ? check->outcomes : batch->outcomes[job_index]; }
 };
 
 Supervisor::Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing)
@@ -447,6 +490,7 @@ void Supervisor::assign_jobs() {
 
 void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
     slot.batch = std::move(job.batch);
+    slot.check = std::move(job.check);
     slot.job_index = job.index;
     slot.attempts = job.attempts + 1;
     slot.next_to_send = slot.next_to_report = job.first_test;
@@ -469,7 +513,13 @@ void Supervisor::send_tests(WorkerSlot& slot) {
         const auto input = sealed_file("input", job.tests[slot.next_to_send].input);
         Streams streams{memory_file("output"), memory_file("error")};
         const Request request{Request::Kind::Test, 0, job.limits};
-        const std::vector<int> fds{input.get(), streams.out.get(), streams.err.get()};
+        std::vector<int> fds{input.get(), streams.out.get(), streams.err.get()};
+        UniqueFd expected, output;
+        if (slot.check) {
+            expected = sealed_file("expected output", job.tests[slot.next_to_send].expected_output);
+            output = sealed_file("output", slot.check->outputs[slot.next_to_send]);
+            fds.insert(fds.end(), {expected.get(), output.get()});
+        }
         if (!send_message(slot.socket.get(), request, {}, fds)) return;
         slot.streams.push_back(std::move(streams));
         ++slot.next_to_send;
@@ -571,12 +621,41 @@ void Supervisor::handle_end_of_program(WorkerSlot& slot, const Outcome& outcome)
 }
 
 void Supervisor::finish_job(WorkerSlot& slot) {
+    if (slot.check) {
+        finish_check(slot);
+    } else if (auto check = check_of(slot.job(), slot.outcomes())) {
+        queue_.push_front({slot.batch, slot.job_index, 0, 0, std::move(check)});
+        return make_idle(slot);
+    }
     auto& batch = *slot.batch;
     --batch.remaining;
     batch.finished.push_back(slot.job_index);
     if (batch.remaining == 0 || batch.each_awaited) changed_.notify_all();
     tell(batch);
+    make_idle(slot);
+}
+
+/// The checker's word becomes the job's verdicts.
+void Supervisor::finish_check(WorkerSlot& slot) {
+    const auto check = std::move(slot.check);
+    auto& outcomes = slot.outcomes();
+    for (std::size_t i = 0; i < check->tests.size(); ++i) {
+        auto& outcome = outcomes[check->tests[i]];
+        const auto& answer = check->outcomes[i];
+        const bool accepted = returned(answer, "true\n");
+        if (!accepted && !returned(answer, "false\n")) {
+            fail_batch(*slot.batch, "the checker failed on test " + std::to_string(check->tests[i]) + ": " +
+                                        misconduct(answer));
+        }
+        if (!accepted) outcome.verdict = Verdict::WrongOutput;
+        cut_output(outcome, slot.job().limits);
+    }
+    if (slot.job().stop_at_first_failure) skip_after_failure(outcomes);
+}
+
+void Supervisor::make_idle(WorkerSlot& slot) {
     slot.batch.reset();
+    slot.check.reset();
     slot.streams.clear();
     slot.state = WorkerSlot::State::Idle;
     assign_jobs();
@@ -589,7 +668,7 @@ void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
         if (slot.attempts >= kMostAttempts) {
             fail_batch(*slot.batch, fault + " (" + std::to_string(slot.attempts) + " attempts)");
         } else {
-            queue_.push_front({slot.batch, slot.job_index, slot.attempts, slot.next_to_report});
+            queue_.push_front({slot.batch, slot.job_index, slot.attempts, slot.next_to_report, slot.check});
         }
     }
     stop(slot);

@@ -49,6 +49,8 @@ struct Job {
     Limits limits;
     bool stop_at_first_failure;
     Judge judge;
+    std::string checker;  // a program whose function `check` judges instead; empty: none
+    Limits checker_limits;
 };
 
 /// One program on one test.
@@ -97,6 +99,15 @@ struct WorkerCommand {
 
 struct WorkerSlot;
 
+/// A checker, run on the outputs of a job's tests that ended well. Its process finds the input on standard
+/// input, the expected output on descriptor 3, and the output on descriptor 4.
+struct Check {
+    Job job;                           // the checker, with the inputs and expected outputs
+    std::vector<std::string> outputs;  // per test of `job`
+    std::vector<std::size_t> tests;    // their numbers in the job that is checked
+    std::vector<Outcome> outcomes;
+};
+
 /// Keeps the workers, hands them programs and tests, and judges what comes back. One thread of its own; any
 /// thread may call. It never touches the interpreter of the process that it lives in.
 class Supervisor {
@@ -140,7 +151,8 @@ class Supervisor {
         std::shared_ptr<Batch> batch;
         std::size_t index;
         unsigned attempts;
-        std::size_t first_test;  // those before have their outcome
+        std::size_t first_test;                  // those before have their outcome
+        std::shared_ptr<Check> check = nullptr;  // not null: the job's tests are run, and are to be checked
     };
 
     void supervise();
@@ -158,6 +170,8 @@ class Supervisor {
     void handle_end_of_program(WorkerSlot& slot, const Outcome& outcome);
     void handle_death(WorkerSlot& slot, const std::string& why);
     void finish_job(WorkerSlot& slot);
+    void finish_check(WorkerSlot& slot);
+    void make_idle(WorkerSlot& slot);
     void fail_batch(Batch& batch, const std::string& fault);
     void tell(Batch& batch);
     void fail_queue(const std::string& fault);

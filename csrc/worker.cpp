@@ -134,10 +134,11 @@ void tell(const Worker& worker, const Report& report, std::string_view text) {
 // ---- test process
 
 void isolate_test(const Worker& worker, const std::vector<UniqueFd>& streams, const Limits& limits) {
-    for (int target = 0; target < 3; ++target) {
+    const int count = static_cast<int>(streams.size());
+    for (int target = 0; target < count; ++target) {
         must(::dup2(streams[static_cast<std::size_t>(target)].get(), target) == target, "dup2");
     }
-    must(::syscall(SYS_close_range, 3, ~0U, 0) == 0, "close_range");
+    must(::syscall(SYS_close_range, count, ~0U, 0) == 0, "close_range");
     limit_softly(RLIMIT_CPU, static_cast<rlim_t>((own_cpu_time() + limits.cpu_ns) / kSecond + 2));
     const int error = install(compile(test_policy(::getpid())));
     if (error) throw std::system_error(error, std::generic_category(), "seccomp");

@@ -7,6 +7,7 @@ from rlef_sandbox.judges import outputs_match
 from rlef_sandbox.layers import NAMESPACES, Layer
 from rlef_sandbox.records import (
     Call,
+    Checker,
     Job,
     Judge,
     Limits,
@@ -22,6 +23,7 @@ __all__ = [
     "NAMESPACES",
     "Batch",
     "Call",
+    "Checker",
     "Executor",
     "Job",
     "Judge",

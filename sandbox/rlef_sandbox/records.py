@@ -53,10 +53,6 @@ class Tokens:
                 raise ValueError(f"{name} is {tolerance!r}: give a number from 0")
 
 
-Judge = Literal["code_contests", "exact", "tokens"] | Tokens
-"""How outputs are compared: see `outputs_match`. "tokens" is `Tokens()`."""
-
-
 @dataclass(frozen=True, slots=True)
 class Test:
     """What a program reads on standard input, and what it should write to standard output."""
@@ -126,6 +122,23 @@ _LEAST = {
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checker:
+    """A judge of your own: Python that defines `check(input, expected_output, output)`, which returns a bool.
+
+    It runs in the sandbox too, once for each test of a program that ended well, and only when all tests have
+    run. A checker that raises, exceeds `limits` or returns anything else is a SandboxFault: the program that
+    it judges is not to blame.
+    """
+
+    program: str
+    limits: Limits = Limits()
+
+
+Judge = Literal["code_contests", "exact", "tokens"] | Tokens | Checker
+"""How outputs are compared: see `outputs_match`. "tokens" is `Tokens()`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,7 @@ std::string utf8(const py::handle& text) {
     const auto encoded =
         py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
     if (!encoded) throw py::error_already_set();
-    return std::string(PyBytes_AS_STRING(encoded.ptr()),
-                       static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr())));
+    return {PyBytes_AS_STRING(encoded.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr()))};
 }
 
 py::object decoded(const std::string& bytes) {
@@ -174,6 +173,7 @@ void serve(int socket, int supervisor, const rlef::FileView& view, const py::fun
         auto compiled = compile(py::bytes(source.data(), source.size()));
         if (py::isinstance<py::tuple>(compiled)) {
             const auto [text, syntax, memory] = compiled.cast<std::tuple<std::string, bool, bool>>();
+            // NOLINTNEXTLINE(bugprone-std-exception-baseclass): part of what Interpreter promises
             throw rlef::CompileError{text, syntax, memory};
         }
         program = std::move(compiled);

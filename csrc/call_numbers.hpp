@@ -7,7 +7,7 @@ namespace rlef {
 /// A processor whose system calls we have a policy for.
 enum class Architecture : std::uint8_t { X86_64, Aarch64 };
 
-#if defined(__x86_64__)
+#ifdef __x86_64__
 constexpr Architecture kOwnArchitecture = Architecture::X86_64;
 #elif defined(__aarch64__)
 constexpr Architecture kOwnArchitecture = Architecture::Aarch64;

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 venv := .venv
 bin := $(venv)/bin
-inputs := pyproject.toml constraints.txt CMakeLists.txt $(sort $(wildcard csrc/*))
+inputs := pyproject.toml constraints.txt $(sort $(wildcard csrc/*))
 key := $(shell cat $(inputs) | sha256sum | cut -c1-16)
 ready := $(venv)/ready-$(key)
 cpp := $(filter %.cpp %.hpp,$(inputs))
@@ -31,7 +31,7 @@ format: $(ready)
 	$(bin)/ruff format
 	$(bin)/clang-format -i $(cpp)
 
-configure = $(bin)/cmake -G Ninja -S . -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
+configure = $(bin)/cmake -G Ninja -S csrc -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
 	-DPython_EXECUTABLE=$(abspath $(bin)/python) -Dpybind11_DIR=$(shell $(bin)/python -m pybind11 --cmakedir)
 
 # What clang-tidy says about the C++ core; .clang-tidy names the checks.

@@ -6,12 +6,12 @@ export OMP_NUM_THREADS ?= 1
 
 venv := .venv
 bin := $(venv)/bin
-inputs := pyproject.toml constraints.txt CMakeLists.txt $(sort $(wildcard csrc/*))
+inputs := pyproject.toml constraints.txt $(sort $(wildcard csrc/*))
 key := $(shell cat $(inputs) | sha256sum | cut -c1-16)
 ready := $(venv)/ready-$(key)
 cpp := $(filter %.cpp %.hpp,$(inputs))
 
-.PHONY: train test lint format clean
+.PHONY: train test lint format tidy sanitize clean
 
 train: $(ready)
 	$(bin)/rlef train configs/tiny.toml
@@ -30,6 +30,23 @@ format: $(ready)
 	$(bin)/ruff check --fix
 	$(bin)/ruff format
 	$(bin)/clang-format -i $(cpp)
+
+configure = $(bin)/cmake -G Ninja -S csrc -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
+	-DPython_EXECUTABLE=$(abspath $(bin)/python) -Dpybind11_DIR=$(shell $(bin)/python -m pybind11 --cmakedir)
+
+# What clang-tidy says about the C++ core; .clang-tidy names the checks.
+tidy: $(ready)
+	$(configure) -B build/tidy -DCMAKE_EXPORT_COMPILE_COMMANDS=ON > /dev/null
+	printf '%s\n' $(filter %.cpp,$(cpp)) | xargs -P $(shell nproc) -n 1 $(bin)/clang-tidy -p build/tidy --quiet
+
+# The executor's tests on a core with address and undefined-behaviour sanitizers: tests/sandbox/sanitized.py.
+sanitize: $(ready)
+	$(configure) -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DRLEF_SANITIZE=address,undefined > /dev/null
+	$(bin)/cmake --build build/sanitize
+	RLEF_SANITIZED_BUILD=build/sanitize \
+	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(bin)/python -m pytest --capture=sys -p tests.sandbox.sanitized tests/sandbox
 
 # The stamp's name is a digest of everything that the environment is made from.
 $(ready):

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "filter.hpp"
@@ -28,12 +30,14 @@ constexpr std::array kVerdictNames = {"passed",       "wrong_output", "exception
 constexpr std::array<const char*, 6> kStoppedByNames = {nullptr,      "system_call_filter", "cpu_limit",
                                                         "wall_limit", "memory_limit",       "output_limit"};
 
+constexpr std::array<std::string_view, 6> kWhenNames = {"always",   "equal",      "one_of",
+                                                        "has_bits", "lacks_bits", "is_null"};
+
 std::string utf8(const py::handle& text) {
     const auto encoded =
         py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
     if (!encoded) throw py::error_already_set();
-    return std::string(PyBytes_AS_STRING(encoded.ptr()),
-                       static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr())));
+    return {PyBytes_AS_STRING(encoded.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr()))};
 }
 
 py::object decoded(const std::string& bytes) {
@@ -175,6 +179,7 @@ void serve(int socket, int supervisor, const rlef::FileView& view, const py::fun
         auto compiled = compile(py::bytes(source.data(), source.size()));
         if (py::isinstance<py::tuple>(compiled)) {
             const auto [text, syntax, memory] = compiled.cast<std::tuple<std::string, bool, bool>>();
+            // NOLINTNEXTLINE(bugprone-std-exception-baseclass): part of what Interpreter promises
             throw rlef::CompileError{text, syntax, memory};
         }
         program = std::move(compiled);
@@ -187,9 +192,42 @@ void serve(int socket, int supervisor, const rlef::FileView& view, const py::fun
     rlef::serve(socket, supervisor, view, interpreter);
 }
 
-std::vector<std::tuple<std::uint16_t, std::uint8_t, std::uint8_t, std::uint32_t>> instructions(
-    const rlef::Policy& policy) {
-    std::vector<std::tuple<std::uint16_t, std::uint8_t, std::uint8_t, std::uint32_t>> result;
+// ---- policies, as tests read and write them
+
+using RuleTuple = std::tuple<std::uint32_t, std::uint32_t, std::string, unsigned, std::uint32_t,
+                             std::vector<std::uint32_t>, std::uint32_t>;
+using PolicyTuple =
+    std::tuple<std::vector<RuleTuple>, std::uint32_t, std::uint32_t, std::uint32_t, std::uint32_t>;
+using Instruction = std::tuple<std::uint16_t, std::uint8_t, std::uint8_t, std::uint32_t>;
+
+rlef::Architecture architecture_of(const std::string& name) {
+    if (name == "x86_64") return rlef::Architecture::X86_64;
+    if (name == "aarch64") return rlef::Architecture::Aarch64;
+    throw py::value_error("architecture is '" + name + "': give 'x86_64' or 'aarch64'");
+}
+
+rlef::When when_of(const std::string& name) {
+    const auto* const found = std::find(kWhenNames.begin(), kWhenNames.end(), name);
+    if (found == kWhenNames.end()) throw py::value_error("when is '" + name + "'");
+    return static_cast<rlef::When>(found - kWhenNames.begin());
+}
+
+PolicyTuple policy_tuple(const rlef::Policy& policy) {
+    std::vector<RuleTuple> rules;
+    for (const auto& rule : policy.rules) {
+        rules.emplace_back(rule.number, rule.action, kWhenNames.at(static_cast<std::size_t>(rule.when)),
+                           rule.argument, rule.value, rule.values, rule.otherwise);
+    }
+    return {rules, policy.unnamed, policy.beyond, policy.first_alien, policy.architecture};
+}
+
+std::vector<Instruction> compile_policy(const PolicyTuple& tuple) {
+    const auto& [rules, unnamed, beyond, first_alien, architecture] = tuple;
+    rlef::Policy policy{{}, unnamed, beyond, first_alien, architecture};
+    for (const auto& [number, action, when, argument, value, values, otherwise] : rules) {
+        policy.rules.push_back({number, action, when_of(when), argument, value, values, otherwise});
+    }
+    std::vector<Instruction> result;
     for (const auto& step : rlef::compile(policy)) result.emplace_back(step.code, step.jt, step.jf, step.k);
     return result;
 }
@@ -216,10 +254,19 @@ PYBIND11_MODULE(_core, module) {
         py::arg("run"));
 
     module.def("layer_names", [] { return rlef::kLayerNames; });
-    module.def("worker_filter", [] { return instructions(rlef::worker_policy()); });
     module.def(
-        "test_filter", [](int own_pid) { return instructions(rlef::test_policy(own_pid)); },
-        py::arg("own_pid"));
+        "worker_policy",
+        [](const std::string& architecture) {
+            return policy_tuple(rlef::worker_policy(architecture_of(architecture)));
+        },
+        py::arg("architecture"));
+    module.def(
+        "test_policy",
+        [](int own_pid, const std::string& architecture) {
+            return policy_tuple(rlef::test_policy(own_pid, architecture_of(architecture)));
+        },
+        py::arg("own_pid"), py::arg("architecture"));
+    module.def("compile_policy", compile_policy, py::arg("policy"));
 
     py::class_<Batch>(module, "Batch")
         .def("wait", &Batch::wait, py::arg("for_all"))

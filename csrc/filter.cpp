@@ -21,6 +21,7 @@ sock_filter statement(unsigned code, std::uint32_t k) {
 }
 
 sock_filter jump(unsigned code, std::uint32_t k, std::size_t if_true, std::size_t if_false) {
+    if (if_true > kFarthestJump || if_false > kFarthestJump) throw std::logic_error("a jump too far");
     return BPF_JUMP(static_cast<std::uint16_t>(code), k, static_cast<std::uint8_t>(if_true),
                     static_cast<std::uint8_t>(if_false));
 }

@@ -14,7 +14,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cstdio>
+#include <cstdlib>
 #include <system_error>
 
 #include "system_calls.hpp"
@@ -116,8 +116,10 @@ void write_file(const char* path, const std::string& text) {
 /// too.
 bool kernel_counts_per_namespace() {
     utsname name{};
-    int major = 0, minor = 0;
-    if (::uname(&name) != 0 || std::sscanf(name.release, "%d.%d", &major, &minor) != 2) return false;
+    if (::uname(&name) != 0) return false;
+    char* dot = nullptr;
+    const long major = std::strtol(name.release, &dot, 10);
+    const long minor = *dot == '.' ? std::strtol(dot + 1, nullptr, 10) : 0;
     return major > 5 || (major == 5 && minor >= 14);
 }
 
@@ -189,7 +191,7 @@ void replace_root(const FileView& view) {
         must(static_cast<bool>(trees.back()), "open_tree");
     }
     const char* place = view.readable.front().c_str();  // any folder would do; it need not be empty
-    const auto place_options = "size=1m,mode=755";
+    const auto* const place_options = "size=1m,mode=755";
     must(::mount("none", place, "tmpfs", MS_NOSUID | MS_NODEV, place_options) == 0, "mount tmpfs");
     must(::chdir(place) == 0, "chdir");
     for (std::size_t i = 0; i < trees.size(); ++i) {
@@ -233,7 +235,7 @@ std::uint64_t file_rights(long version) {
 int restrict_files(const FileView& view) {
     const long version = ::syscall(SYS_landlock_create_ruleset, nullptr, 0, 1);
     if (version < 0) return errno;
-    const LandlockRuleset ruleset{file_rights(version), version >= 4 ? 3u : 0u, version >= 6 ? 3u : 0u};
+    const LandlockRuleset ruleset{file_rights(version), version >= 4 ? 3U : 0U, version >= 6 ? 3U : 0U};
     const std::size_t known = version >= 6 ? 24 : version >= 4 ? 16 : 8;
     const UniqueFd rules(static_cast<int>(::syscall(SYS_landlock_create_ruleset, &ruleset, known, 0)));
     if (!rules) return errno;

@@ -88,7 +88,7 @@ bool all_tokens(std::string_view expected, std::string_view output, Same same) {
 
 std::string_view take_line(std::string_view& text) {
     const auto length = text.find('\n');
-    auto line = text.substr(0, length);
+    const auto line = text.substr(0, length);
     text.remove_prefix(length == std::string_view::npos ? text.size() : length + 1);
     const auto last = line.find_last_not_of(kLineBlanks);
     return line.substr(0, last == std::string_view::npos ? 0 : last + 1);

@@ -9,7 +9,7 @@
 namespace rlef {
 namespace {
 
-constexpr std::size_t kMostText = 16 * 1024;
+constexpr std::size_t kMostText = 16'384;
 constexpr std::size_t kMostFds = 5;
 
 [[noreturn]] void fail(const char* what) {

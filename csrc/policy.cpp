@@ -9,7 +9,8 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 
-#include "system_calls.hpp"
+#include <algorithm>
+#include <utility>
 
 namespace rlef {
 namespace {
@@ -21,252 +22,246 @@ constexpr std::uint32_t refuse(int error) {
     return SECCOMP_RET_ERRNO | static_cast<std::uint32_t>(error);
 }
 
-#if defined(__x86_64__)
-constexpr std::uint32_t kArchitecture = AUDIT_ARCH_X86_64;
-constexpr std::uint32_t kFirstAlien = 0x40000000;  // x32: the same machine's calls by other numbers
-#elif defined(__aarch64__)
-constexpr std::uint32_t kArchitecture = AUDIT_ARCH_AARCH64;
-constexpr std::uint32_t kFirstAlien = 0x80000000;
-#else
-#error "rlef_sandbox has a system call policy for x86-64 and aarch64 only"
-#endif
+constexpr std::uint32_t audit_number(Architecture architecture) {
+    return architecture == Architecture::X86_64 ? AUDIT_ARCH_X86_64 : AUDIT_ARCH_AARCH64;
+}
+
+constexpr std::uint32_t first_alien(Architecture architecture) {
+    // x32: the same machine's calls by other numbers
+    return architecture == Architecture::X86_64 ? 0x40000000 : 0x80000000;
+}
 
 constexpr std::uint32_t kNewNamespaces =
     CLONE_NEWNS | CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP | CLONE_NEWPID;
 constexpr std::uint32_t kWriting = O_WRONLY | O_RDWR | O_CREAT | O_TRUNC;
 constexpr std::uint32_t kNameMapping = 0x53564d41;  // PR_SET_VMA
 
-constexpr std::uint32_t kHarmless[] = {
+constexpr SystemCall kHarmless[] = {
     // memory
-    SYS_brk,
-    SYS_madvise,
-    SYS_membarrier,
-    SYS_mmap,
-    SYS_mprotect,
-    SYS_mremap,
-    SYS_msync,
-    SYS_munmap,
+    call::brk,
+    call::madvise,
+    call::membarrier,
+    call::mmap,
+    call::mprotect,
+    call::mremap,
+    call::msync,
+    call::munmap,
     // descriptors that are open already
-    SYS_close,
-    SYS_close_range,
-    SYS_dup,
-    SYS_dup3,
-    SYS_fadvise64,
-    SYS_fdatasync,
-    SYS_flock,
-    SYS_fstat,
-    SYS_fstatfs,
-    SYS_fsync,
-    SYS_ftruncate,
-    SYS_lseek,
-    SYS_pread64,
-    SYS_preadv,
-    SYS_preadv2,
-    SYS_pwrite64,
-    SYS_pwritev,
-    SYS_pwritev2,
-    SYS_read,
-    SYS_readv,
-    SYS_write,
-    SYS_writev,
+    call::close,
+    call::close_range,
+    call::dup,
+    call::dup3,
+    call::fadvise64,
+    call::fdatasync,
+    call::flock,
+    call::fstat,
+    call::fstatfs,
+    call::fsync,
+    call::ftruncate,
+    call::lseek,
+    call::pread64,
+    call::preadv,
+    call::preadv2,
+    call::pwrite64,
+    call::pwritev,
+    call::pwritev2,
+    call::read,
+    call::readv,
+    call::write,
+    call::writev,
     // looking at files; writing is refused below
-    SYS_chdir,
-    SYS_faccessat,
-    SYS_faccessat2,
-    SYS_fchdir,
-    SYS_getcwd,
-    SYS_getdents64,
-    SYS_newfstatat,
-    SYS_readlinkat,
-    SYS_statfs,
-    SYS_statx,
-    SYS_umask,
+    call::chdir,
+    call::faccessat,
+    call::faccessat2,
+    call::fchdir,
+    call::getcwd,
+    call::getdents64,
+    call::newfstatat,
+    call::readlinkat,
+    call::statfs,
+    call::statx,
+    call::umask,
     // waiting, and talking to oneself
-    SYS_epoll_create1,
-    SYS_epoll_ctl,
-    SYS_epoll_pwait,
-    SYS_eventfd2,
-    SYS_getsockname,
-    SYS_getsockopt,
-    SYS_pipe2,
-    SYS_ppoll,
-    SYS_pselect6,
-    SYS_recvfrom,
-    SYS_recvmsg,
-    SYS_sendmsg,
-    SYS_setsockopt,
-    SYS_shutdown,
+    call::epoll_create1,
+    call::epoll_ctl,
+    call::epoll_pwait,
+    call::eventfd2,
+    call::getsockname,
+    call::getsockopt,
+    call::pipe2,
+    call::ppoll,
+    call::pselect6,
+    call::recvfrom,
+    call::recvmsg,
+    call::sendmsg,
+    call::setsockopt,
+    call::shutdown,
     // clocks
-    SYS_clock_getres,
-    SYS_clock_gettime,
-    SYS_clock_nanosleep,
-    SYS_getitimer,
-    SYS_gettimeofday,
-    SYS_nanosleep,
-    SYS_setitimer,
-    SYS_times,
+    call::clock_getres,
+    call::clock_gettime,
+    call::clock_nanosleep,
+    call::getitimer,
+    call::gettimeofday,
+    call::nanosleep,
+    call::setitimer,
+    call::times,
     // threads and scheduling
-    SYS_exit,
-    SYS_exit_group,
-    SYS_futex,
-    SYS_get_robust_list,
-    SYS_getcpu,
-    SYS_rseq,
-    SYS_sched_get_priority_max,
-    SYS_sched_get_priority_min,
-    SYS_sched_getaffinity,
-    SYS_sched_getparam,
-    SYS_sched_getscheduler,
-    SYS_sched_yield,
-    SYS_set_robust_list,
-    SYS_set_tid_address,
+    call::exit,
+    call::exit_group,
+    call::futex,
+    call::get_robust_list,
+    call::getcpu,
+    call::rseq,
+    call::sched_get_priority_max,
+    call::sched_get_priority_min,
+    call::sched_getaffinity,
+    call::sched_getparam,
+    call::sched_getscheduler,
+    call::sched_yield,
+    call::set_robust_list,
+    call::set_tid_address,
     // signals
-    SYS_kill,
-    SYS_restart_syscall,
-    SYS_rt_sigaction,
-    SYS_rt_sigpending,
-    SYS_rt_sigprocmask,
-    SYS_rt_sigreturn,
-    SYS_rt_sigsuspend,
-    SYS_rt_sigtimedwait,
-    SYS_sigaltstack,
-    SYS_tgkill,
-    SYS_tkill,
+    call::kill,
+    call::restart_syscall,
+    call::rt_sigaction,
+    call::rt_sigpending,
+    call::rt_sigprocmask,
+    call::rt_sigreturn,
+    call::rt_sigsuspend,
+    call::rt_sigtimedwait,
+    call::sigaltstack,
+    call::tgkill,
+    call::tkill,
     // facts about oneself and the machine
-    SYS_capget,
-    SYS_getegid,
-    SYS_geteuid,
-    SYS_getgid,
-    SYS_getgroups,
-    SYS_getpgid,
-    SYS_getpid,
-    SYS_getppid,
-    SYS_getpriority,
-    SYS_getrandom,
-    SYS_getresgid,
-    SYS_getresuid,
-    SYS_getrusage,
-    SYS_getsid,
-    SYS_gettid,
-    SYS_getuid,
-    SYS_prlimit64,
-    SYS_sysinfo,
-    SYS_uname,
+    call::capget,
+    call::getegid,
+    call::geteuid,
+    call::getgid,
+    call::getgroups,
+    call::getpgid,
+    call::getpid,
+    call::getppid,
+    call::getpriority,
+    call::getrandom,
+    call::getresgid,
+    call::getresuid,
+    call::getrusage,
+    call::getsid,
+    call::gettid,
+    call::getuid,
+    call::prlimit64,
+    call::sysinfo,
+    call::uname,
     // what workers and solution processes need to make and watch tests
-    SYS_capset,
-    SYS_pidfd_open,
-    SYS_seccomp,
-    SYS_setgroups,
-    SYS_setresgid,
-    SYS_setresuid,
-    SYS_wait4,
-    SYS_waitid,
-#if defined(__x86_64__)
-    // older forms of the same
-    SYS_access,
-    SYS_alarm,
-    SYS_dup2,
-    SYS_epoll_create,
-    SYS_epoll_wait,
-    SYS_eventfd,
-    SYS_getdents,
-    SYS_getpgrp,
-    SYS_getrlimit,
-    SYS_lstat,
-    SYS_pause,
-    SYS_pipe,
-    SYS_poll,
-    SYS_readlink,
-    SYS_select,
-    SYS_setrlimit,
-    SYS_stat,
-    SYS_time,
-#endif
+    call::capset,
+    call::pidfd_open,
+    call::seccomp,
+    call::setgroups,
+    call::setresgid,
+    call::setresuid,
+    call::wait4,
+    call::waitid,
+    // older forms of the same, most of which only x86-64 has
+    call::access,
+    call::alarm,
+    call::dup2,
+    call::epoll_create,
+    call::epoll_wait,
+    call::eventfd,
+    call::getdents,
+    call::getpgrp,
+    call::getrlimit,
+    call::lstat,
+    call::pause,
+    call::pipe,
+    call::poll,
+    call::readlink,
+    call::select,
+    call::setrlimit,
+    call::stat,
+    call::time,
 };
 
 /// No honest program gets here: the process is killed, and the verdict is `security`.
-constexpr std::uint32_t kHostile[] = {
+constexpr SystemCall kHostile[] = {
     // other programs, other processes
-    SYS_execve,
-    SYS_execveat,
-    SYS_ptrace,
-    SYS_process_vm_readv,
-    SYS_process_vm_writev,
-    SYS_kcmp,
-    SYS_pidfd_getfd,
-    SYS_pidfd_send_signal,
+    call::execve,
+    call::execveat,
+    call::ptrace,
+    call::process_vm_readv,
+    call::process_vm_writev,
+    call::kcmp,
+    call::pidfd_getfd,
+    call::pidfd_send_signal,
     // the outside world
-    SYS_accept,
-    SYS_accept4,
-    SYS_bind,
-    SYS_connect,
-    SYS_listen,
+    call::accept,
+    call::accept4,
+    call::bind,
+    call::connect,
+    call::listen,
     // file systems and namespaces
-    SYS_chroot,
-    SYS_fsmount,
-    SYS_fsopen,
-    SYS_mount,
-    SYS_mount_setattr,
-    SYS_move_mount,
-    SYS_name_to_handle_at,
-    SYS_open_by_handle_at,
-    SYS_open_tree,
-    SYS_pivot_root,
-    SYS_quotactl,
-    SYS_setns,
-    SYS_swapoff,
-    SYS_swapon,
-    SYS_umount2,
-    SYS_unshare,
+    call::chroot,
+    call::fsmount,
+    call::fsopen,
+    call::mount,
+    call::mount_setattr,
+    call::move_mount,
+    call::name_to_handle_at,
+    call::open_by_handle_at,
+    call::open_tree,
+    call::pivot_root,
+    call::quotactl,
+    call::setns,
+    call::swapoff,
+    call::swapon,
+    call::umount2,
+    call::unshare,
     // the kernel itself
-    SYS_acct,
-    SYS_add_key,
-    SYS_adjtimex,
-    SYS_bpf,
-    SYS_clock_adjtime,
-    SYS_clock_settime,
-    SYS_delete_module,
-    SYS_finit_module,
-    SYS_init_module,
-    SYS_io_setup,
-    SYS_io_uring_enter,
-    SYS_io_uring_register,
-    SYS_io_uring_setup,
-    SYS_kexec_load,
-    SYS_keyctl,
-    SYS_perf_event_open,
-    SYS_personality,
-    SYS_reboot,
-    SYS_request_key,
-    SYS_setdomainname,
-    SYS_sethostname,
-    SYS_settimeofday,
-    SYS_syslog,
-    SYS_userfaultfd,
-    SYS_vhangup,
-#if defined(__x86_64__)
-    SYS_ioperm,
-    SYS_iopl,
-    SYS_kexec_file_load,
-    SYS_modify_ldt,
-#endif
+    call::acct,
+    call::add_key,
+    call::adjtimex,
+    call::bpf,
+    call::clock_adjtime,
+    call::clock_settime,
+    call::delete_module,
+    call::finit_module,
+    call::init_module,
+    call::io_setup,
+    call::io_uring_enter,
+    call::io_uring_register,
+    call::io_uring_setup,
+    call::kexec_load,
+    call::keyctl,
+    call::perf_event_open,
+    call::personality,
+    call::reboot,
+    call::request_key,
+    call::setdomainname,
+    call::sethostname,
+    call::settimeofday,
+    call::syslog,
+    call::userfaultfd,
+    call::vhangup,
+    call::ioperm,
+    call::iopl,
+    call::kexec_file_load,
+    call::modify_ldt,
 };
 
 /// Calls that depend on an argument.
-std::vector<Rule> conditions() {
+std::vector<Rule> conditions(Architecture architecture) {
+    const auto on = [architecture](const SystemCall& call) { return call.on(architecture); };
     return {
         // glibc falls back to clone, whose flags a filter can read
-        {SYS_clone3, refuse(ENOSYS)},
-        {SYS_clone, kAllow, When::LacksBits, 0, kNewNamespaces, {}, kKill},
-        {SYS_openat, kAllow, When::LacksBits, 2, kWriting, {}, refuse(EROFS)},
-#if defined(__x86_64__)
-        {SYS_open, kAllow, When::LacksBits, 1, kWriting, {}, refuse(EROFS)},
-#endif
+        {on(call::clone3), refuse(ENOSYS)},
+        {on(call::clone), kAllow, When::LacksBits, 0, kNewNamespaces, {}, kKill},
+        {on(call::openat), kAllow, When::LacksBits, 2, kWriting, {}, refuse(EROFS)},
+        {on(call::open), kAllow, When::LacksBits, 1, kWriting, {}, refuse(EROFS)},
         // the user database asks a name service by a local socket, and takes no for an answer
-        {SYS_socket, refuse(EPERM), When::Equal, 0, AF_UNIX, {}, kKill},
-        {SYS_socketpair, kAllow, When::Equal, 0, AF_UNIX, {}, refuse(EPERM)},
-        {SYS_sendto, kAllow, When::IsNull, 4, 0, {}, refuse(EPERM)},
-        {SYS_fcntl,
+        {on(call::socket), refuse(EPERM), When::Equal, 0, AF_UNIX, {}, kKill},
+        {on(call::socketpair), kAllow, When::Equal, 0, AF_UNIX, {}, refuse(EPERM)},
+        {on(call::sendto), kAllow, When::IsNull, 4, 0, {}, refuse(EPERM)},
+        {on(call::fcntl),
          kAllow,
          When::OneOf,
          1,
@@ -274,14 +269,14 @@ std::vector<Rule> conditions() {
          {F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_GETLK, F_SETLK, F_SETLKW,
           F_GETPIPE_SZ, F_GET_SEALS},
          refuse(EPERM)},
-        {SYS_ioctl,
+        {on(call::ioctl),
          kAllow,
          When::OneOf,
          1,
          0,
          {TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIOCLEX, FIONCLEX},
          refuse(ENOTTY)},
-        {SYS_prctl,
+        {on(call::prctl),
          kAllow,
          When::OneOf,
          0,
@@ -291,43 +286,57 @@ std::vector<Rule> conditions() {
     };
 }
 
-}  // namespace
-
-Policy worker_policy() {
-    Policy policy{conditions(), refuse(EPERM), refuse(ENOSYS), kFirstAlien, kArchitecture};
-    for (const auto number : kHarmless) policy.rules.push_back({number, kAllow});
-    for (const auto number : kHostile) policy.rules.push_back({number, kKill});
+Policy without_absent(Policy policy) {
+    auto& rules = policy.rules;
+    rules.erase(
+        std::remove_if(rules.begin(), rules.end(), [](const Rule& rule) { return rule.number == kAbsent; }),
+        rules.end());
     return policy;
 }
 
-Policy test_policy(pid_t own_pid) {
+}  // namespace
+
+Policy worker_policy(Architecture architecture) {
+    Policy policy{conditions(architecture), refuse(EPERM), refuse(ENOSYS), first_alien(architecture),
+                  audit_number(architecture)};
+    for (const auto& call : kHarmless) policy.rules.push_back({call.on(architecture), kAllow});
+    for (const auto& call : kHostile) policy.rules.push_back({call.on(architecture), kKill});
+    return without_absent(std::move(policy));
+}
+
+Policy test_policy(pid_t own_pid, Architecture architecture) {
+    const auto on = [architecture](const SystemCall& call) { return call.on(architecture); };
     const auto self = static_cast<std::uint32_t>(own_pid);
-    return {
+    return without_absent({
         {
-            {SYS_clone, kAllow, When::HasBits, 0, CLONE_THREAD, {}, refuse(EAGAIN)},
-#if defined(__x86_64__)
-            {SYS_fork, refuse(EAGAIN)},
-            {SYS_vfork, refuse(EAGAIN)},
-#endif
-            {SYS_kill, kAllow, When::Equal, 0, self, {}, refuse(EPERM)},
-            {SYS_tgkill, kAllow, When::Equal, 0, self, {}, refuse(EPERM)},
-            {SYS_tkill, refuse(EPERM)},
-            {SYS_prlimit64, kAllow, When::Equal, 0, 0, {}, refuse(EPERM)},
-            {SYS_prctl, kAllow, When::OneOf, 0, 0, {PR_SET_NAME, PR_GET_NAME, kNameMapping}, refuse(EPERM)},
-            {SYS_seccomp, refuse(EPERM)},
-            {SYS_pidfd_open, refuse(EPERM)},
-            {SYS_sendmsg, refuse(EPERM)},
-            {SYS_recvmsg, refuse(EPERM)},
-            {SYS_capset, refuse(EPERM)},
-            {SYS_setgroups, refuse(EPERM)},
-            {SYS_setresuid, refuse(EPERM)},
-            {SYS_setresgid, refuse(EPERM)},
+            {on(call::clone), kAllow, When::HasBits, 0, CLONE_THREAD, {}, refuse(EAGAIN)},
+            {on(call::fork), refuse(EAGAIN)},
+            {on(call::vfork), refuse(EAGAIN)},
+            {on(call::kill), kAllow, When::Equal, 0, self, {}, refuse(EPERM)},
+            {on(call::tgkill), kAllow, When::Equal, 0, self, {}, refuse(EPERM)},
+            {on(call::tkill), refuse(EPERM)},
+            {on(call::prlimit64), kAllow, When::Equal, 0, 0, {}, refuse(EPERM)},
+            {on(call::prctl),
+             kAllow,
+             When::OneOf,
+             0,
+             0,
+             {PR_SET_NAME, PR_GET_NAME, kNameMapping},
+             refuse(EPERM)},
+            {on(call::seccomp), refuse(EPERM)},
+            {on(call::pidfd_open), refuse(EPERM)},
+            {on(call::sendmsg), refuse(EPERM)},
+            {on(call::recvmsg), refuse(EPERM)},
+            {on(call::capset), refuse(EPERM)},
+            {on(call::setgroups), refuse(EPERM)},
+            {on(call::setresuid), refuse(EPERM)},
+            {on(call::setresgid), refuse(EPERM)},
         },
         kAllow,
         kAllow,
-        kFirstAlien,
+        first_alien(architecture),
         0,  // the worker's filter has checked the architecture
-    };
+    });
 }
 
 }  // namespace rlef

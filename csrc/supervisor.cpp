@@ -337,6 +337,7 @@ std::vector<FinishedJob> Supervisor::take_finished(Batch& batch) {
     batch.finished.clear();
     if (batch.notifier && !batch.is_over()) {
         std::uint64_t count;
+        // NOLINTNEXTLINE(clang-analyzer-unix.BlockInCriticalSection): the descriptor does not block
         [[maybe_unused]] const auto size = ::read(batch.notifier.get(), &count, sizeof count);
     }
     return taken;
@@ -536,7 +537,7 @@ void Supervisor::read_reports(WorkerSlot& slot) {
                 handle_death(slot, log.empty() ? "it ended" : log);
                 return;
             }
-            handle(slot, std::move(*report));
+            handle(slot, *report);
         }
     } catch (const std::system_error& error) {
         const int code = error.code().value();
@@ -548,7 +549,7 @@ void Supervisor::read_reports(WorkerSlot& slot) {
     }
 }
 
-void Supervisor::handle(WorkerSlot& slot, Message<Report> report) {
+void Supervisor::handle(WorkerSlot& slot, const Message<Report>& report) {
     switch (report.header.kind) {
         case Report::Kind::Ready:
             return handle_ready(slot, report.header);
@@ -705,7 +706,7 @@ void Supervisor::tell(Batch& batch) {
 }
 
 void Supervisor::fail_queue(const std::string& fault) {
-    for (auto& job : queue_) fail_batch(*job.batch, fault);
+    for (const auto& job : queue_) fail_batch(*job.batch, fault);
     queue_.clear();
 }
 

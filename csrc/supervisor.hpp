@@ -159,12 +159,12 @@ class Supervisor {
     void start_absent_workers();
     void start(WorkerSlot& slot);
     void handle_failed_start(WorkerSlot& slot, const std::string& fault);
-    void stop(WorkerSlot& slot);
+    static void stop(WorkerSlot& slot);
     void assign_jobs();
     void give(WorkerSlot& slot, QueuedJob job);
-    void send_tests(WorkerSlot& slot);
+    static void send_tests(WorkerSlot& slot);
     void read_reports(WorkerSlot& slot);
-    void handle(WorkerSlot& slot, Message<Report> report);
+    void handle(WorkerSlot& slot, const Message<Report>& report);
     void handle_ready(WorkerSlot& slot, const Report& report);
     void handle_finished(WorkerSlot& slot, const Report& report);
     void handle_end_of_program(WorkerSlot& slot, const Outcome& outcome);
@@ -173,7 +173,7 @@ class Supervisor {
     void finish_check(WorkerSlot& slot);
     void make_idle(WorkerSlot& slot);
     void fail_batch(Batch& batch, const std::string& fault);
-    void tell(Batch& batch);
+    static void tell(Batch& batch);
     void fail_queue(const std::string& fault);
     void fail_everything(const std::string& fault);
     void wait_for_events();

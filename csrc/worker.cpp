@@ -363,7 +363,8 @@ void prepare_process() {
     limit(RLIMIT_CORE, 0);
     limit(RLIMIT_MSGQUEUE, 0);
     limit(RLIMIT_MEMLOCK, 0);
-    for (const int number : {SIGPIPE, SIGXFSZ}) ::signal(number, SIG_DFL);  // the interpreter ignores them
+    // The interpreter ignores these two.
+    for (const int number : {SIGPIPE, SIGXFSZ}) must(::signal(number, SIG_DFL) != SIG_ERR, "signal");
     std::ofstream("/proc/self/oom_score_adj")
         << 1000;  // best effort: before the trainer, should the kernel choose
     // Threads would reserve as much as the main thread's stack may grow to.

@@ -1,12 +1,17 @@
 from collections.abc import Callable, Sequence
 from types import CodeType
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from rlef_sandbox.records import Job, Judge, Limits, StoppedBy
 
 _Outcome: TypeAlias = tuple[
     str, int | None, int | None, str, str, bool, bool, float, float, int, StoppedBy | None
 ]
+_Architecture: TypeAlias = Literal["x86_64", "aarch64"]
+# number, action, when, argument, value, values, otherwise: struct Rule of csrc/filter.hpp
+_Rule: TypeAlias = tuple[int, int, str, int, int, list[int], int]
+# rules, unnamed, beyond, first alien number, audit architecture: struct Policy
+_Policy: TypeAlias = tuple[list[_Rule], int, int, int, int]
 _Instruction: TypeAlias = tuple[int, int, int, int]
 
 def outputs_match(expected: str, output: str, judge: Judge) -> bool: ...
@@ -19,8 +24,9 @@ def serve(
     run: Callable[[CodeType, str], tuple[int, bool]],
 ) -> None: ...
 def layer_names() -> list[str]: ...
-def worker_filter() -> list[_Instruction]: ...
-def test_filter(own_pid: int) -> list[_Instruction]: ...
+def worker_policy(architecture: _Architecture) -> _Policy: ...
+def test_policy(own_pid: int, architecture: _Architecture) -> _Policy: ...
+def compile_policy(policy: _Policy) -> list[_Instruction]: ...
 
 class Batch:
     def wait(self, for_all: bool) -> None: ...

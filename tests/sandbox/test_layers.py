@@ -126,10 +126,19 @@ def as_user(user: str, program: str, folder: Path, *, mode: int = 0o755) -> str:
     become = "setpriv --reuid 65534 --regid 65534 --clear-groups" if user == "nobody" else ""
     interpreter = place / "bin" / Path(os.path.realpath(sys.executable)).name
     script = (
-        f"mount --bind {sys.base_prefix} {place} && exec {become} "
+        f"mount --bind {sys.base_prefix} {place} && {open_the_way_to_shared_libraries(place)} exec {become} "
         f'env PYTHONPATH={package.parent} LD_LIBRARY_PATH={place}/lib {interpreter} -c "$0"'
     )
     command = ["unshare", "--mount", "sh", "-c", script, program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def open_the_way_to_shared_libraries(place: Path) -> str:
+    """Workers get no LD_LIBRARY_PATH: what the interpreter is linked to must be where it was installed."""
+    prefix = Path(sys.base_prefix)
+    closed = [parent for parent in [prefix, *prefix.parents] if not parent.stat().st_mode & 0o001]
+    if not closed or place.is_relative_to(closed[-1]):
+        return ""
+    return f"mount -t tmpfs -o mode=755 none {closed[-1]} && mkdir -p {prefix} && mount --bind {place} {prefix} &&"

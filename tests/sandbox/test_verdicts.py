@@ -26,16 +26,17 @@ def test_exception_shows_the_traceback_of_the_solution_alone(run):
     result = run("def half(x):\n    return 1 / x\nprint(half(0))\n")
 
     assert (result.verdict, result.exit_code) == (Verdict.EXCEPTION, 1)
-    assert result.stderr == (
-        "Traceback (most recent call last):\n"
-        '  File "solution.py", line 3, in <module>\n'
-        "    print(half(0))\n"
-        "          ^^^^^^^\n"
-        '  File "solution.py", line 2, in half\n'
-        "    return 1 / x\n"
-        "           ~~^~~\n"
-        "ZeroDivisionError: division by zero\n"
-    )
+    lines = [
+        line for line in result.stderr.splitlines() if line.strip(" ~^")
+    ]  # marks differ between versions
+    assert lines == [
+        "Traceback (most recent call last):",
+        '  File "solution.py", line 3, in <module>',
+        "    print(half(0))",
+        '  File "solution.py", line 2, in half',
+        "    return 1 / x",
+        "ZeroDivisionError: division by zero",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,8 @@ def test_what_does_not_parse_is_a_syntax_error(run, program):
     result = run(program)
 
     assert (result.verdict, result.exit_code) == (Verdict.SYNTAX_ERROR, 1)
-    assert "SyntaxError" in result.stderr or "IndentationError" in result.stderr
+    said = ("SyntaxError", "IndentationError", "null bytes")  # the last is all that Python 3.10 says
+    assert any(words in result.stderr for words in said)
 
 
 def test_syntax_error_points_at_the_line(run):

@@ -94,7 +94,6 @@ constexpr std::uint32_t kHarmless[] = {
     SYS_recvfrom,
     SYS_recvmsg,
     SYS_sendmsg,
-    SYS_setsockopt,
     SYS_shutdown,
     // clocks
     SYS_clock_getres,
@@ -316,6 +315,9 @@ Policy test_policy(pid_t own_pid) {
             {SYS_prctl, kAllow, When::OneOf, 0, 0, {PR_SET_NAME, PR_GET_NAME, kNameMapping}, refuse(EPERM)},
             {SYS_seccomp, refuse(EPERM)},
             {SYS_pidfd_open, refuse(EPERM)},
+            // urgent data: no program needs it, and it has led into the kernel from sandboxes before
+            {SYS_sendto, kAllow, When::LacksBits, 3, MSG_OOB, {}, refuse(EPERM)},
+            {SYS_recvfrom, kAllow, When::LacksBits, 3, MSG_OOB, {}, refuse(EPERM)},
             {SYS_sendmsg, refuse(EPERM)},
             {SYS_recvmsg, refuse(EPERM)},
             {SYS_capset, refuse(EPERM)},

@@ -145,6 +145,21 @@ Outcome not_compiled(const Message<Report>& report) {
     return outcome;
 }
 
+Outcome compiled_too_slowly() {
+    Outcome outcome;
+    outcome.verdict = Verdict::Timeout;
+    outcome.stopped_by = StoppedBy::CpuLimit;
+    outcome.signal = SIGXCPU;
+    return outcome;
+}
+
+Outcome compiler_crashed(int wait_status) {
+    Outcome outcome;
+    outcome.verdict = Verdict::Exception;
+    note_status(outcome, wait_status);
+    return outcome;
+}
+
 std::vector<char*> pointers(const std::vector<std::string>& strings) {
     std::vector<char*> result;
     for (const auto& string : strings) result.push_back(const_cast<char*>(string.c_str()));
@@ -487,15 +502,11 @@ void Supervisor::handle(WorkerSlot& slot, Message<Report> report) {
             return handle_end_of_program(slot, not_compiled(report));
         case Report::Kind::Died: {
             const int status = report.header.wait_status;
-            if (report.header.compiled || !WIFSIGNALED(status)) {
+            const bool slow = report.header.stopped == Report::Stopped::CpuTime;
+            if (report.header.compiled || !(slow || WIFSIGNALED(status))) {
                 return handle_death(slot, "a solution process ended with status " + std::to_string(status));
             }
-            Outcome outcome;  // the compiler itself crashed on this source
-            note_status(outcome, status);
-            const bool slow = WTERMSIG(status) == SIGXCPU;
-            outcome.verdict = slow ? Verdict::Timeout : Verdict::Exception;
-            if (slow) outcome.stopped_by = StoppedBy::CpuLimit;
-            return handle_end_of_program(slot, outcome);
+            return handle_end_of_program(slot, slow ? compiled_too_slowly() : compiler_crashed(status));
         }
         case Report::Kind::CannotIsolate:
             if (slot.state == WorkerSlot::State::Starting) {

@@ -29,12 +29,16 @@ namespace {
 
 constexpr std::int64_t kSecond = 1'000'000'000;
 constexpr std::int64_t kShortestSleep = 1'000'000;
-constexpr rlim_t kCompileSeconds = 20;
+constexpr rlim_t kMostCompileSeconds = 20;
+constexpr rlim_t kSpareSeconds = 2;  // after which the kernel itself ends what passes its limit of CPU time
 constexpr std::size_t kThreadStack = 8 << 20;
 // Stacks of threads are reserved, not used: programs that ask for a large one must get it. What is really
 // used counts against the memory limit.
 constexpr std::int64_t kStackRoom = std::int64_t{640} << 20;
-constexpr int kSetupFailed = 250;  // exit status of a test process that could not be isolated
+
+// How a process of ours ends. What a program exits with is seen by its solution process alone.
+constexpr int kSetupFailed = 1;
+constexpr int kCompileTooSlow = 2;
 
 [[noreturn]] void fail(const char* step) {
     throw std::system_error(errno, std::generic_category(), step);
@@ -70,6 +74,10 @@ void limit_softly(__rlimit_resource resource, rlim_t most) {
     must(::setrlimit(resource, &both) == 0, "setrlimit");
 }
 
+rlim_t cpu_seconds(const Limits& limits) {
+    return static_cast<rlim_t>(limits.cpu_ns / kSecond) + kSpareSeconds;
+}
+
 /// Dies with the parent from now on; at once if it is dead already. `parent` is 0 where it cannot be seen.
 void die_with(pid_t parent) {
     must(::prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) == 0, "PR_SET_PDEATHSIG");
@@ -102,23 +110,24 @@ struct Worker {
 
 // ---- test process
 
-void isolate_test(const std::vector<UniqueFd>& streams, const Limits& limits, pid_t solution) {
+void isolate_test(int socket, const std::vector<UniqueFd>& streams, const Limits& limits, pid_t solution) {
     die_with(solution);
     for (int target = 0; target < 3; ++target) {
         must(::dup2(streams[static_cast<std::size_t>(target)].get(), target) == target, "dup2");
     }
-    must(::syscall(SYS_close_range, 3, ~0U, 0) == 0, "close_range");
-    limit_softly(RLIMIT_CPU, static_cast<rlim_t>(limits.cpu_ns / kSecond + 2));
+    must(::syscall(SYS_close_range, socket + 1, ~0U, 0) == 0, "close_range");
+    limit_softly(RLIMIT_CPU, cpu_seconds(limits));
     const int error = install(compile(test_policy(::getpid())));
     if (error) throw std::system_error(error, std::generic_category(), "seccomp");
+    ::close(socket);  // last: a step that fails is told through it
 }
 
 [[noreturn]] void test_main(const Worker& worker, const std::vector<UniqueFd>& streams, const Limits& limits,
                             pid_t solution) {
     try {
-        isolate_test(streams, limits, solution);
-    } catch (const std::system_error&) {
-        ::_exit(kSetupFailed);
+        isolate_test(worker.socket, streams, limits, solution);
+    } catch (const std::system_error& error) {
+        give_up(worker.socket, error);
     }
     worker.interpreter.after_fork_in_child();
     const auto ending = worker.interpreter.run();
@@ -169,10 +178,6 @@ Report run_test(const Worker& worker, const std::vector<UniqueFd>& streams, cons
     report.stopped = watch(worker.socket, test, limits, started);
     rusage usage{};
     must(::wait4(test, &report.wait_status, 0, &usage) == test, "wait4");
-    if (WIFEXITED(report.wait_status) && WEXITSTATUS(report.wait_status) == kSetupFailed) {
-        errno = EPERM;
-        fail("isolate a test process");
-    }
     report.wall_ns = read_clock(CLOCK_MONOTONIC) - started;
     report.cpu_ns = nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime);
     report.peak_memory_bytes = static_cast<std::int64_t>(usage.ru_maxrss) * 1024;
@@ -200,7 +205,19 @@ void limit_resources(const Worker& worker, const Limits& limits) {
     if (worker.isolation.count_processes) {
         limit(RLIMIT_NPROC, static_cast<rlim_t>(limits.processes + worker.isolation.processes_of_ours));
     }
-    limit_softly(RLIMIT_CPU, kCompileSeconds);
+}
+
+/// Ends this process when the compiler takes too long. A handler: as pid 1 of its namespace the process is
+/// spared by every signal that it leaves to the kernel.
+void limit_compile_time(const Limits& limits) {
+    ::signal(SIGXCPU, [](int) { ::_exit(kCompileTooSlow); });
+    limit_softly(RLIMIT_CPU, std::min(kMostCompileSeconds, cpu_seconds(limits)));
+}
+
+/// Each test has a limit of its own.
+void lift_compile_time() {
+    limit_softly(RLIMIT_CPU, RLIM_INFINITY);
+    ::signal(SIGXCPU, SIG_DFL);
 }
 
 bool compile_program(const Worker& worker, std::string_view source) {
@@ -222,12 +239,15 @@ bool compile_program(const Worker& worker, std::string_view source) {
     try {
         drop_privileges(worker.isolation);
         die_with(parent);  // after the change of user, which forgets it
+        // The compiler's warnings would fill the worker's log, a program at a time.
+        must(::dup2(STDOUT_FILENO, STDERR_FILENO) == STDERR_FILENO, "dup2");
         limit_resources(worker, program.header.limits);
+        limit_compile_time(program.header.limits);
         worker.interpreter.after_fork_in_child();
         const auto source = read_whole(program.fds.at(0).get());
         program.fds.clear();
         if (!compile_program(worker, source)) ::_exit(0);
-        limit_softly(RLIMIT_CPU, RLIM_INFINITY);  // it forks from now on; each test has a limit of its own
+        lift_compile_time();
         while (auto request = receive_request(worker.socket)) {
             if (request->header.kind != Request::Kind::Test) ::_exit(0);
             const auto report = run_test(worker, request->fds, program.header.limits);
@@ -261,6 +281,8 @@ void run_program(const Worker& worker, Message<Request> program) {
     Report report{};
     report.kind = Report::Kind::Died;
     report.wait_status = status;
+    const bool slow = WIFEXITED(status) && WEXITSTATUS(status) == kCompileTooSlow;
+    report.stopped = slow ? Report::Stopped::CpuTime : Report::Stopped::No;
     report.compiled = worker.notes->compiled;
     send_message(worker.socket, report, {}, {});
 }

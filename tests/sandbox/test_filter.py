@@ -18,7 +18,7 @@ OWN_PID = 4711
 
 NUMBERS = {
     "read": 0, "open": 2, "socket": 41, "clone": 56, "fork": 57, "execve": 59, "kill": 62, "ptrace": 101,
-    "sendto": 44, "prctl": 157, "tgkill": 234, "openat": 257, "prlimit64": 302, "clone3": 435,
+    "sendto": 44, "recvfrom": 45, "prctl": 157, "tgkill": 234, "openat": 257, "prlimit64": 302, "clone3": 435,
 }  # fmt: skip
 
 assert platform.machine() == "x86_64", "the numbers above are those of x86-64"
@@ -121,6 +121,14 @@ def test_a_test_signals_itself_only(pid):
 @given(address=st.integers(0, 2**64 - 1))
 def test_messages_have_no_address(address):
     assert worker("sendto", 3, 0, 0, 0, address) == (REFUSE | EPERM if address else ALLOW)
+
+
+@given(flags=st.integers(0, 2**32 - 1))
+def test_no_urgent_data(flags):
+    answer = REFUSE | EPERM if flags & 1 else ALLOW
+
+    assert in_a_test("sendto", 3, 0, 0, flags) == answer
+    assert in_a_test("recvfrom", 3, 0, 0, flags) == answer
 
 
 @given(domain=st.integers(0, 50))

@@ -16,17 +16,32 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 10.0) -> None:
 
 def descendants(pid: int) -> list[int]:
     """Pids of the children of `pid`, and of theirs."""
-    parents = {}
+    return _below(pid, _parents_and_sessions())
+
+
+def family(pid: int) -> list[int]:
+    """Descendants, and what is left in the session that `pid` leads: orphans are still in it."""
+    known = _parents_and_sessions()
+    session = {member for member, (_, session) in known.items() if session == pid} - {pid}
+    return sorted(session | set(_below(pid, known)))
+
+
+def _parents_and_sessions() -> dict[int, tuple[int, int]]:
+    known = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            parents[int(entry.name)] = int(fields[1])
+            known[int(entry.name)] = int(fields[1]), int(fields[3])
+    return known
+
+
+def _below(pid: int, known: dict[int, tuple[int, int]]) -> list[int]:
     found, added = set(), {pid}
     while added:
-        added = {child for child, parent in parents.items() if parent in added} - found
+        added = {child for child, (parent, _) in known.items() if parent in added} - found
         found |= added
     return sorted(found)
 

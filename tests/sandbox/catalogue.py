@@ -57,7 +57,7 @@ def call(number, *arguments):
 
 MACHINE_CODE = """import ctypes, mmap
 def execute(code):
-    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(code)
     print('REACHED', ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(page)))())
 """
@@ -319,6 +319,16 @@ RIGHTS = (
 )  # fmt: skip
 
 SHARING = (
+    refused("map shared memory", "import mmap\nmmap.mmap(-1, 4096)"),
+    refused(
+        "hold memory by the last page of a map",
+        CALL + "libc.mmap.restype = ctypes.c_void_p\nsize = 64 << 20\nfor _ in range(16):\n"
+        "    address = libc.mmap(None, ctypes.c_size_t(size), 3, 0x21, -1, 0)\n    if address == 2**64 - 1: raise OSError(ctypes.get_errno(), 'mmap')\n"
+        "    ctypes.memset(address, 1, size)\n    libc.munmap(ctypes.c_void_p(address + 4096), ctypes.c_size_t(size - 4096))\nprint('REACHED')",
+    ),
+    refused("map shared memory by its newer flag", CALL + "call(9, 0, 4096, 3, 0x23, -1, 0)"),
+    refused("lock a file of the library", "import fcntl, os\nfcntl.flock(os.open(os.__file__, 0), fcntl.LOCK_EX)"),
+    refused("hoard locks on a file", "import fcntl\nfor at in range(0, 10**6, 2): fcntl.lockf(0, fcntl.LOCK_SH, 1, at)"),
     refused("make shared memory", CALL + "call(29, 0, 4096, 0o1600)"),
     refused("attach shared memory", CALL + "call(30, 0, 0, 0)"),
     refused("remove shared memory", CALL + "call(31, 0, 0, 0)"),
@@ -438,9 +448,9 @@ USING_UP = (
     ended(Verdict.OUT_OF_MEMORY, "shift a huge integer", "1 << 10**12", "MemoryError"),
     ended(Verdict.OUT_OF_MEMORY, "allocate by repetition", "[0] * 10**11", "MemoryError"),
     ended(Verdict.OUT_OF_MEMORY, "use more than the limit and end well", "x = b'x' * (96 << 20)", memory_bytes=64 << 20),
-    ended(Verdict.OUT_OF_MEMORY, "map memory that nobody counts", "import mmap\nx = mmap.mmap(-1, 96 << 20)\nx.write(b'x' * (96 << 20))", memory_bytes=64 << 20),
+    ended(Verdict.OUT_OF_MEMORY, "map memory that nobody counts", "import mmap\nx = mmap.mmap(-1, 96 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nx.write(b'x' * (96 << 20))", memory_bytes=64 << 20),
     ended(Verdict.OUT_OF_MEMORY, "give memory back before the end", "x = b'x' * (96 << 20)\ndel x\nprint('never')", memory_bytes=64 << 20),
-    ended(Verdict.EXCEPTION, "map more than there is", "import mmap\nkept = []\nwhile True: kept.append(mmap.mmap(-1, 64 << 20))", "[Errno 12] "),
+    ended(Verdict.EXCEPTION, "map more than there is", "import mmap\nkept = []\nwhile True: kept.append(mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))", "[Errno 12] "),
     ended(Verdict.EXCEPTION, "recurse without end", "def f():\n    f()\nf()", "RecursionError: maximum recursion depth exceeded"),
     ended(Verdict.OUT_OF_MEMORY, "recurse past the memory limit", "import sys\nsys.setrecursionlimit(10**9)\nclass Deep:\n    def __getattr__(self, name): return getattr(self, name)\nDeep().x"),
     ended(Verdict.EXCEPTION, "compare what holds itself", "a = []; b = [a]; a.append(b)\na == [b]\nwhile True: a == b", "RecursionError"),

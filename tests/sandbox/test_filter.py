@@ -17,7 +17,7 @@ EPERM, EAGAIN, EROFS, ENOSYS = 1, 11, 30, 38
 OWN_PID = 4711
 
 NUMBERS = {
-    "read": 0, "open": 2, "socket": 41, "clone": 56, "fork": 57, "execve": 59, "kill": 62, "ptrace": 101,
+    "read": 0, "open": 2, "mmap": 9, "socket": 41, "clone": 56, "fork": 57, "execve": 59, "kill": 62, "ptrace": 101,
     "sendto": 44, "recvfrom": 45, "prctl": 157, "tgkill": 234, "openat": 257, "prlimit64": 302, "clone3": 435,
 }  # fmt: skip
 
@@ -121,6 +121,13 @@ def test_a_test_signals_itself_only(pid):
 @given(address=st.integers(0, 2**64 - 1))
 def test_messages_have_no_address(address):
     assert worker("sendto", 3, 0, 0, 0, address) == (REFUSE | EPERM if address else ALLOW)
+
+
+@given(flags=st.integers(0, 2**32 - 1))
+def test_memory_is_not_shared(flags):
+    shared_and_anonymous = flags & 0x01 and flags & 0x20
+
+    assert in_a_test("mmap", 0, 4096, 3, flags) == (REFUSE | EPERM if shared_and_anonymous else ALLOW)
 
 
 @given(flags=st.integers(0, 2**32 - 1))

@@ -30,7 +30,8 @@ namespace {
 
 constexpr std::int64_t kSecond = 1'000'000'000;
 constexpr std::int64_t kShortestSleep = 1'000'000;
-constexpr rlim_t kCompileSeconds = 20;
+constexpr rlim_t kMostCompileSeconds = 20;
+constexpr rlim_t kSpareSeconds = 2;  // after which the kernel itself ends what passes its limit of CPU time
 constexpr std::size_t kThreadStack = 8 << 20;
 // Stacks of threads are reserved, not used: programs that ask for a large one must get it. What is really
 // used counts against the memory limit.
@@ -67,6 +68,11 @@ std::int64_t own_cpu_time() {
     rusage usage{};
     must(::getrusage(RUSAGE_SELF, &usage) == 0, "getrusage");
     return cpu_time(usage);
+}
+
+/// For RLIMIT_CPU, which counts whole seconds.
+rlim_t cpu_seconds(std::int64_t nanoseconds) {
+    return static_cast<rlim_t>(nanoseconds / kSecond) + kSpareSeconds;
 }
 
 void limit(__rlimit_resource resource, rlim_t most) {
@@ -139,7 +145,7 @@ void isolate_test(const Worker& worker, const std::vector<UniqueFd>& streams, co
         must(::dup2(streams[static_cast<std::size_t>(target)].get(), target) == target, "dup2");
     }
     must(::syscall(SYS_close_range, count, ~0U, 0) == 0, "close_range");
-    limit_softly(RLIMIT_CPU, static_cast<rlim_t>((own_cpu_time() + limits.cpu_ns) / kSecond + 2));
+    limit_softly(RLIMIT_CPU, cpu_seconds(own_cpu_time() + limits.cpu_ns));
     const int error = install(compile(test_policy(::getpid())));
     if (error) throw std::system_error(error, std::generic_category(), "seccomp");
     worker.beginning->cpu_ns = own_cpu_time();
@@ -244,7 +250,7 @@ void limit_resources(const Worker& worker, const Limits& limits, bool few_tests)
         const int of_ours = worker.isolation.processes_of_ours - (few_tests ? 1 : 0);  // no solution process
         limit(RLIMIT_NPROC, static_cast<rlim_t>(limits.processes + of_ours));
     }
-    limit_softly(RLIMIT_CPU, kCompileSeconds);
+    limit_softly(RLIMIT_CPU, std::min(kMostCompileSeconds, cpu_seconds(limits.cpu_ns)));
 }
 
 bool compile_program(const Worker& worker, std::string_view source) {
@@ -267,6 +273,8 @@ bool compile_program(const Worker& worker, std::string_view source) {
 void prepare_program(const Worker& worker, const Message<Request>& program, pid_t parent) {
     drop_privileges(worker.isolation);
     die_with(parent);  // after the change of user, which forgets it
+    // The compiler's warnings would fill the worker's log, a program at a time.
+    must(::dup2(STDOUT_FILENO, STDERR_FILENO) == STDERR_FILENO, "dup2");
     limit_resources(worker, program.header.limits, program.header.few_tests);
     worker.interpreter.after_fork_in_child();
     const auto source = read_whole(program.fds.at(0).get());

@@ -14,27 +14,23 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def family(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """Pids of a process, of its children, and of theirs."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents[int(entry.name)] = int(fields[1])
-    found, added = {pid}, {pid}
-    while added:
-        added = {child for child, parent in parents.items() if parent in added} - found
-        found |= added
-    return sorted(found)
+    return sorted({pid, *_below(pid, _parents_and_sessions())})
 
 
 def descendants(worker: int) -> list[int]:
     """Pids of the processes that a worker made for programs: all but the first of its pid namespace, which
     does nothing but live as long as the worker."""
-    return [pid for pid in family(worker) if pid != worker and not is_first_of_its_namespace(pid)]
+    return [pid for pid in _below(worker, _parents_and_sessions()) if not is_first_of_its_namespace(pid)]
+
+
+def family(worker: int) -> list[int]:
+    """Descendants, and what is left in the session that the worker leads: orphans are still in it."""
+    known = _parents_and_sessions()
+    session = {member for member, (_, session) in known.items() if session == worker} - {worker}
+    found = session | set(_below(worker, known))
+    return sorted(pid for pid in found if not is_first_of_its_namespace(pid))
 
 
 def is_first_of_its_namespace(pid: int) -> bool:
@@ -44,6 +40,26 @@ def is_first_of_its_namespace(pid: int) -> bool:
         return False
     [pids] = [line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:")]
     return len(pids) > 1 and pids[-1] == "1"
+
+
+def _parents_and_sessions() -> dict[int, tuple[int, int]]:
+    known = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            known[int(entry.name)] = int(fields[1]), int(fields[3])
+    return known
+
+
+def _below(pid: int, known: dict[int, tuple[int, int]]) -> list[int]:
+    found, added = set(), {pid}
+    while added:
+        added = {child for child, (parent, _) in known.items() if parent in added} - found
+        found |= added
+    return sorted(found)
 
 
 def memory_of(pid: int) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlef_sandbox import Executor, Job, Limits, SandboxFault, Test, Verdict
-from tests.sandbox.processes import descendants, family, is_alive, wait_until
+from tests.sandbox.processes import descendants, is_alive, process_tree, wait_until
 
 ECHO = "print(input())"
 
@@ -142,7 +142,7 @@ def test_closing_ends_every_process_and_the_calls_under_way(tests, processes):
     waiting = threading.Thread(target=wait)
     waiting.start()
     wait_until(lambda: len(descendants(worker)) == processes)
-    everybody = family(worker)
+    everybody = process_tree(worker)
     single.close()
     waiting.join()
 
@@ -187,7 +187,7 @@ def test_no_process_outlives_the_caller(ending, tests, processes):
     assert caller.stdout is not None
     workers = [int(pid) for pid in caller.stdout.readline().split()]
     wait_until(lambda: all(len(descendants(worker)) == processes for worker in workers))
-    everybody = [pid for worker in workers for pid in family(worker)]
+    everybody = [pid for worker in workers for pid in process_tree(worker)]
     assert len(everybody) >= 2 * (1 + processes)
 
     caller.communicate("go\n", timeout=20)

@@ -28,11 +28,11 @@ OWN_PID = 4711
 NUMBERS = {
     "x86_64": {
         "read": 0, "socket": 41, "clone": 56, "execve": 59, "kill": 62, "ptrace": 101, "sendto": 44, "prctl": 157,
-        "tgkill": 234, "openat": 257, "prlimit64": 302, "clone3": 435, "open": 2, "fork": 57,
+        "tgkill": 234, "openat": 257, "prlimit64": 302, "clone3": 435, "open": 2, "fork": 57, "mmap": 9, "recvfrom": 45,
     },
     "aarch64": {
         "read": 63, "socket": 198, "clone": 220, "execve": 221, "kill": 129, "ptrace": 117, "sendto": 206,
-        "prctl": 167, "tgkill": 131, "openat": 56, "prlimit64": 261, "clone3": 435,
+        "prctl": 167, "tgkill": 131, "openat": 56, "prlimit64": 261, "clone3": 435, "mmap": 222, "recvfrom": 207,
     },
 }  # fmt: skip
 
@@ -407,6 +407,25 @@ def test_a_test_signals_itself_only(machine, pid):
 @given(address=st.integers(0, 2**64 - 1))
 def test_messages_have_no_address(machine, address):
     assert worker(machine, "sendto", 3, 0, 0, 0, address) == (REFUSE | EPERM if address else ALLOW)
+
+
+@each_architecture
+@given(flags=words)
+def test_memory_is_not_shared(machine, flags):
+    shared_and_anonymous = flags & 0x01 and flags & 0x20
+
+    answer = in_a_test(machine, "mmap", 0, 4096, 3, flags)
+
+    assert answer == (REFUSE | EPERM if shared_and_anonymous else ALLOW)
+
+
+@each_architecture
+@given(flags=words)
+def test_no_urgent_data(machine, flags):
+    answer = REFUSE | EPERM if flags & 1 else ALLOW
+
+    assert in_a_test(machine, "sendto", 3, 0, 0, flags) == answer
+    assert in_a_test(machine, "recvfrom", 3, 0, 0, flags) == answer
 
 
 @each_architecture

@@ -68,6 +68,14 @@ IDIOMS = {
     ),
     "hashing": "import hashlib\nhashlib.sha256(b'x').hexdigest()\nhashlib.md5(b'x')\nprint(7)",
     "ctypes": "import ctypes\nprint(ctypes.c_int(7).value)",
+    "ctypes_callback": "import ctypes\nprint(ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 7)())",
+    "private_map": (
+        "import mmap\nroom = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nroom.write(b'7')\nprint(room[:1].decode())"
+    ),
+    "pair_of_sockets": "import socket\na, b = socket.socketpair()\na.sendall(b'7')\nprint(b.recv(9).decode())",
+    "queue_between_threads": (
+        "import queue, threading\nbox = queue.Queue()\nthreading.Thread(target=box.put, args=[7]).start()\nprint(box.get())"
+    ),
     "warnings": "import warnings\nwarnings.warn('careful')\nprint(7)",
     "inspect_the_source": "import linecache\nprint(7 if 'linecache' in linecache.getline('solution.py', 1) else 8)",
     "home_of_the_user": "import os\nos.path.expanduser('~')\nprint(7)",

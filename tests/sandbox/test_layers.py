@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import rlef_sandbox
 from rlef_sandbox import NAMESPACES, Layer, _core, check
-
-# What docker's default profile does to a process, by a filter of our own: no namespaces, no mounts.
-LIKE_DOCKER = """
-import ctypes, struct, sys
-NUMBERS = [272, 165, 166, 155, 308, 428, 429, 442]  # unshare, mount, umount2, pivot_root, setns, open_tree, ...
-steps = [(0x20, 0, 0, 0)]
-for number in NUMBERS:
-    steps += [(0x15, 0, 1, number), (0x06, 0, 0, 0x00050001)]
-steps += [(0x15, 0, 1, 435), (0x06, 0, 0, 0x00050026)]  # clone3: ENOSYS
-steps += [(0x15, 0, 3, 56), (0x20, 0, 0, 16), (0x45, 0, 1, 0x7E020000), (0x06, 0, 0, 0x00050001)]  # clone
-steps += [(0x06, 0, 0, 0x7FFF0000)]
-code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *step) for step in steps))
-class Program(ctypes.Structure):
-    _fields_ = [("count", ctypes.c_ushort), ("code", ctypes.c_void_p)]
-libc = ctypes.CDLL(None)
-assert libc.prctl(38, 1, 0, 0, 0) == 0
-assert libc.prctl(22, 2, ctypes.byref(Program(len(steps), ctypes.addressof(code))), 0, 0) == 0
-"""
+from tests.sandbox.machines import LIKE_DOCKER, as_user, python
 
 RUN = """
 from rlef_sandbox import Executor, NAMESPACES, SandboxFault, Test
@@ -46,12 +26,6 @@ except SandboxFault as fault:
 """
 
 VERDICTS = "passed security exception exception exception timeout exception passed\n"
-
-
-def python(program: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
 
 
 def test_names_of_the_layers_are_those_of_the_core():
@@ -109,36 +83,3 @@ def test_interpreter_that_programs_cannot_read_is_a_fault(tmp_path):
     assert said.startswith(
         "honest programs fail in this sandbox (exception: ModuleNotFoundError: No module named"
     )
-
-
-def as_user(user: str, program: str, folder: Path, *, mode: int = 0o755) -> str:
-    """What the program prints, run by root or an ordinary user, with the interpreter in a folder of that mode."""
-    if os.geteuid() != 0:
-        return python(program)
-    package = folder / "packages" / "rlef_sandbox"
-    shutil.copytree(Path(rlef_sandbox.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(_core.__file__, package)
-    for parent in [folder, *folder.parents[:3]]:
-        parent.chmod(0o755)
-    place = folder / "home" / "python"
-    place.mkdir(parents=True)
-    place.parent.chmod(mode)
-    become = "setpriv --reuid 65534 --regid 65534 --clear-groups" if user == "nobody" else ""
-    interpreter = place / "bin" / Path(os.path.realpath(sys.executable)).name
-    script = (
-        f"mount --bind {sys.base_prefix} {place} && {open_the_way_to_shared_libraries(place)} exec {become} "
-        f'env PYTHONPATH={package.parent} LD_LIBRARY_PATH={place}/lib {interpreter} -c "$0"'
-    )
-    command = ["unshare", "--mount", "sh", "-c", script, program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def open_the_way_to_shared_libraries(place: Path) -> str:
-    """Workers get no LD_LIBRARY_PATH: what the interpreter is linked to must be where it was installed."""
-    prefix = Path(sys.base_prefix)
-    closed = [parent for parent in [prefix, *prefix.parents] if not parent.stat().st_mode & 0o001]
-    if not closed or place.is_relative_to(closed[-1]):
-        return ""
-    return f"mount -t tmpfs -o mode=755 none {closed[-1]} && mkdir -p {prefix} && mount --bind {place} {prefix} &&"

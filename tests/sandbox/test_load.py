@@ -8,7 +8,7 @@ import resource
 from pathlib import Path
 
 from rlef_sandbox import Executor, Job, Limits, Test
-from tests.sandbox.processes import descendants, family, wait_until
+from tests.sandbox.processes import descendants, process_tree, wait_until
 
 CORES = len(os.sched_getaffinity(0))
 LIMITS = Limits(cpu_s=0.1, wall_s=60.0, memory_bytes=64 << 20, output_bytes=100_000)
@@ -65,7 +65,7 @@ def test_thousands_of_executions_leave_no_process_no_file_and_no_memory():
             wait_until(lambda pid=pid, files=files: open_files(pid) <= files)
             assert resident_bytes(pid) < memory + (8 << 20)
         wait_until(lambda: not any(descendants(worker) for worker in workers))
-        everybody = [pid for worker in workers for pid in family(worker)]
+        everybody = [pid for worker in workers for pid in process_tree(worker)]
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in everybody))  # no zombie either
 
 

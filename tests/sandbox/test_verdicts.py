@@ -46,6 +46,7 @@ def test_exception_shows_the_traceback_of_the_solution_alone(run):
         ("raise SystemExit('no')", 1),
         ("exit(4)", 4),
         ("import os; os._exit(5)", 5),
+        ("import os; os._exit(250)", 250),
         ("import sys; sys.exit(256 + 7)", 7),
         *((f"import os; os._exit({status})", status) for status in (100, 120, 127, 250, 255)),
     ],

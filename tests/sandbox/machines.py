@@ -74,8 +74,6 @@ def as_user(user: str, program: str, folder: Path, *, mode: int = 0o755) -> str:
     package = folder / "packages" / "rlef_sandbox"
     shutil.copytree(Path(rlef_sandbox.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(_core.__file__, package)
-    for parent in [folder, *folder.parents[:3]]:
-        parent.chmod(0o755)
     place = folder / "home" / "python"
     place.mkdir(parents=True)
     place.parent.chmod(mode)

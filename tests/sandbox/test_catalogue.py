@@ -14,6 +14,7 @@ from rlef_sandbox import NAMESPACES, Executor, Layer, Limits, Result, Test, Verd
 from tests.sandbox.catalogue import CATALOGUE, THEMES, Threat
 from tests.sandbox.machines import LIKE_DOCKER, WITHOUT, as_user
 from tests.sandbox.processes import family, wait_until
+from tests.sandbox.test_idioms import IDIOMS
 
 LIMITS = {"cpu_s": 1.0, "wall_s": 10.0, "memory_bytes": 128 << 20, "output_bytes": 1 << 20}
 
@@ -137,19 +138,22 @@ def test_catalogue_is_as_large_as_it_should_be():
     assert len(programs) >= 150
 
 
-# Runs jobs from a file, an honest program behind each, and prints what became of them.
+# Runs the programs of a file, an honest one behind each that is hostile, and prints what became of them.
 RUN_ALL = """
 import dataclasses, json
-from rlef_sandbox import Executor, Job, Layer, Limits, Test
-jobs = json.load(open({jobs!r}))
-honest = Job("print(input())", [Test("well", "well")])
+from rlef_sandbox import Executor, Job, Limits, Test
+hostile, honest = json.load(open({programs!r}))
+tests, jobs = [Test("private\\n", "never")], []
+for index, (program, limits) in enumerate(hostile):
+    jobs.append(Job(program, tests, limits=Limits(**limits), judge="exact"))
+    jobs.append(Job(honest[index % len(honest)], [Test("3\\n4\\n", "7\\n")]))
 with Executor(workers=2, allow_missing={missing}) as executor:
     workers = executor.worker_pids()
-    pairs = [(Job(program, [Test("private\\n", "never")], limits=Limits(**limits), judge="exact"), honest) for program, limits in jobs]
-    results = executor.run_many([job for pair in pairs for job in pair])
+    results = [result for [result] in executor.run_many(jobs)]
     assert executor.worker_pids() == workers
-assert {{result.verdict.value for [result] in results[1::2]}} == {{"passed"}}
-print(json.dumps([dataclasses.asdict(result) for [result] in results[::2]]))
+failed = [(job.program, result) for job, result in zip(jobs[1::2], results[1::2]) if result.verdict.value != "passed"]
+assert not failed, failed
+print(json.dumps([dataclasses.asdict(result) for result in results[::2]]))
 """
 
 SLOW = {Verdict.TIMEOUT, Verdict.OUT_OF_MEMORY}
@@ -161,27 +165,28 @@ def assert_catalogue_holds(
     threats = [
         threat for threat in CATALOGUE.values() if not threat.rests_on & missing and threat.verdict not in but
     ]
-    jobs = folder / "jobs.json"
-    jobs.write_text(json.dumps([(threat.program, {**LIMITS, **threat.limits}) for threat in threats]))
+    hostile = [(threat.program, {**LIMITS, **threat.limits}) for threat in threats]
+    programs = folder / "programs.json"
+    programs.write_text(json.dumps([hostile, list(IDIOMS.values())]))
     named = [layer.value for layer in missing]
 
-    said = as_user(user, machine + RUN_ALL.format(jobs=str(jobs), missing=named), folder)
+    said = as_user(user, machine + RUN_ALL.format(programs=str(programs), missing=named), folder)
 
     for threat, facts in zip(threats, json.loads(said), strict=True):
         assert_ended_as_expected(threat, Result(**{**facts, "verdict": Verdict(facts["verdict"])}))
 
 
 @pytest.mark.parametrize("layer", WITHOUT, ids=lambda layer: layer.value)
-def test_catalogue_holds_without_one_layer(layer, tmp_path):
+def test_catalogue_holds_without_one_layer(layer, open_folder):
     if layer is Layer.UNPRIVILEGED_USER and os.geteuid() != 0:
         pytest.skip("only root becomes another user")
-    assert_catalogue_holds(WITHOUT[layer], "root", tmp_path, {layer}, SLOW)
+    assert_catalogue_holds(WITHOUT[layer], "root", open_folder, {layer}, SLOW)
 
 
 @pytest.mark.parametrize("user", ["root", "nobody"])
-def test_catalogue_holds_without_namespaces(user, tmp_path):
-    assert_catalogue_holds(LIKE_DOCKER, user, tmp_path, set(NAMESPACES), SLOW if user == "root" else set())
+def test_catalogue_holds_without_namespaces(user, open_folder):
+    assert_catalogue_holds(LIKE_DOCKER, user, open_folder, set(NAMESPACES), SLOW if user == "root" else set())
 
 
-def test_catalogue_holds_for_an_ordinary_user(tmp_path):
-    assert_catalogue_holds("", "nobody", tmp_path, set(), SLOW)
+def test_catalogue_holds_for_an_ordinary_user(open_folder):
+    assert_catalogue_holds("", "nobody", open_folder, set(), SLOW)

@@ -42,8 +42,8 @@ IDIOMS = {
     ),
     "asyncio": "import asyncio\nasync def main():\n    await asyncio.sleep(0)\n    print(7)\nasyncio.run(main())",
     "alarm": (
-        "import signal\nsignal.signal(signal.SIGALRM, lambda *_: print(7))\nsignal.setitimer(signal.ITIMER_REAL, 0.01)\n"
-        "signal.pause()"
+        "import signal\nrung = []\nsignal.signal(signal.SIGALRM, lambda *_: rung.append(7))\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.01)\nwhile not rung: pass\nprint(rung[0])"
     ),
     "write_to_the_buffer": "import sys\nsys.stdout.buffer.write(b'7\\n')",
     "os_write": "import os\nos.write(1, b'7\\n')",

@@ -68,17 +68,17 @@ def test_check_says_what_is_missing():
 
 @pytest.mark.parametrize("user", ["root", "nobody"])
 @pytest.mark.parametrize("docker", ["", LIKE_DOCKER], ids=["with_namespaces", "without_namespaces"])
-def test_layers_that_are_left_hold_for_root_and_for_an_ordinary_user(docker, user, tmp_path):
+def test_layers_that_are_left_hold_for_root_and_for_an_ordinary_user(docker, user, open_folder):
     program = docker + RUN.format(allowed="NAMESPACES" if docker else "()")
 
-    assert as_user(user, program, tmp_path) == VERDICTS
+    assert as_user(user, program, open_folder) == VERDICTS
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has folders that its programs cannot read")
-def test_interpreter_that_programs_cannot_read_is_a_fault(tmp_path):
+def test_interpreter_that_programs_cannot_read_is_a_fault(open_folder):
     program = LIKE_DOCKER + RUN.format(allowed="NAMESPACES")
 
-    said = as_user("root", program, tmp_path, mode=0o700)
+    said = as_user("root", program, open_folder, mode=0o700)
 
     assert said.startswith(
         "honest programs fail in this sandbox (exception: ModuleNotFoundError: No module named"

@@ -158,7 +158,7 @@ Outcome not_compiled(const Message<Report>& report) {
 /// What the job's checker has to look at; null when the job has none, or no test that ended well.
 std::shared_ptr<Check> check_of(const Job& job, const std::vector<Outcome>& outcomes) {
     if (job.checker.empty()) return nullptr;
-    auto check = std::make_shared<Check>();
+    const auto check = std::make_shared<Check>();
     check->job = {job.checker, kCheckerFunction, {}, job.checker_limits, false, {}, {}, {}};
     for (std::size_t i = 0; i < outcomes.size(); ++i) {
         if (outcomes[i].verdict != Verdict::Passed) continue;

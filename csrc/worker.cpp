@@ -126,6 +126,7 @@ void tell(const Worker& worker, const Report& report, std::string_view text) {
         send_message(worker.socket, report, text, {});
         worker.beginning->reported = true;
     } catch (const std::system_error&) {
+        worker.beginning->reported = false;
     }
 }
 
@@ -388,7 +389,7 @@ template <typename Record>
 Record* shared() {
     void* page = ::mmap(nullptr, sizeof(Record), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     must(page != MAP_FAILED, "mmap");
-    return new (page) Record{};
+    return new (page) Record{};  // NOLINT(cppcoreguidelines-owning-memory): it lives as long as the process
 }
 
 }  // namespace

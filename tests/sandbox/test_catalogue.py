@@ -82,7 +82,7 @@ OWN_DESCRIPTORS = ["/dev/null", "/dev/null", "/memfd", "pipe", "socket"]
 
 def open_descriptors(pid: int) -> list[str]:
     try:
-        return sorted(os.readlink(path).partition(":")[0] for path in Path(f"/proc/{pid}/fd").iterdir())
+        return sorted(str(path.readlink()).partition(":")[0] for path in Path(f"/proc/{pid}/fd").iterdir())
     except FileNotFoundError:
         return ["one that was closed meanwhile"]
 

@@ -263,6 +263,7 @@ int restrict_files(const FileView& view) {
         while (::read(0, &nothing, 1) != 0) {  // the worker may have been gone before the call above
         }
     } catch (const std::system_error&) {
+        ::_exit(1);  // and with it the namespace: the worker will fail to fork
     }
     ::_exit(0);
 }

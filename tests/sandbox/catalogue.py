@@ -202,8 +202,8 @@ OTHERS = (
     refused("wait for another's child", "import os\nos.waitpid(-1, 0)", "[Errno 10] "),
     futile(
         "see other processes",
-        "import os\nseen = []\nfor pid in range(1, 5000):\n    try:\n        os.getpgid(pid); seen.append(pid)\n    except OSError: pass\nprint(seen[0], len(seen), seen[-1] == os.getpid())",
-        "1 2 True\n",  # the first of the namespace, and itself
+        "import os\nseen = []\nfor pid in range(1, 5000):\n    try:\n        os.getpgid(pid); seen.append(pid)\n    except OSError: pass\nprint(seen[0], len(seen) <= 3, seen[-1] == os.getpid())",
+        "1 True True\n",  # the first of the namespace, a solution process perhaps, and itself
         rests_on=frozenset({Layer.PID_NAMESPACE}),
     ),
     futile(

@@ -6,12 +6,12 @@ export OMP_NUM_THREADS ?= 1
 
 venv := .venv
 bin := $(venv)/bin
-inputs := pyproject.toml constraints.txt $(sort $(wildcard csrc/*))
+inputs := pyproject.toml constraints.txt $(sort $(wildcard csrc/*.* csrc/checks/*))
 key := $(shell cat $(inputs) | sha256sum | cut -c1-16)
 ready := $(venv)/ready-$(key)
 cpp := $(filter %.cpp %.hpp,$(inputs))
 
-.PHONY: train test lint format tidy sanitize clean
+.PHONY: train test lint format tidy sanitize aarch64 clean
 
 train: $(ready)
 	$(bin)/rlef train configs/tiny.toml
@@ -46,7 +46,19 @@ sanitize: $(ready)
 	RLEF_SANITIZED_BUILD=build/sanitize \
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	$(bin)/python -m pytest --capture=sys -p tests.sandbox.sanitized tests/sandbox
+	$(bin)/python -m pytest --capture=sys -p tests.sandbox.sanitized tests/sandbox \
+	--ignore tests/sandbox/test_packaging.py
+
+# The core by a cross-compiler, whose filters must be those that this machine compiles.
+aarch64: $(ready)
+	$(configure) -B build/own -DRLEF_PYTHON=OFF > /dev/null
+	$(configure) -B build/aarch64 -DRLEF_PYTHON=OFF -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static > /dev/null
+	$(bin)/cmake --build build/own --target print_filters
+	$(bin)/cmake --build build/aarch64 --target print_filters
+	build/own/print_filters > build/own/filters.txt
+	qemu-aarch64-static build/aarch64/print_filters > build/aarch64/filters.txt
+	cmp build/own/filters.txt build/aarch64/filters.txt
 
 # The stamp's name is a digest of everything that the environment is made from.
 $(ready):

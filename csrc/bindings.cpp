@@ -59,12 +59,14 @@ rlef::Judge judge_of(const py::handle& judge) {
         return {Kind::Tokens, judge.attr("absolute").cast<double>(), judge.attr("relative").cast<double>(),
                 judge.attr("ignore_case").cast<bool>()};
     }
-    for (const auto& [name, kind] :
-         {std::pair{"code_contests", Kind::CodeContests}, {"exact", Kind::Exact}, {"tokens", Kind::Tokens}}) {
+    for (const auto& [name, kind] : {std::pair{"code_contests", Kind::CodeContests},
+                                     {"exact", Kind::Exact},
+                                     {"tokens", Kind::Tokens},
+                                     {"any", Kind::Any}}) {
         if (judge.equal(py::str(name))) return {kind, 0, 0, false};
     }
     throw py::value_error("judge is " + py::repr(judge).cast<std::string>() +
-                          ": give 'code_contests', 'exact', 'tokens', Tokens(...) or, to an "
+                          ": give 'code_contests', 'exact', 'tokens', 'any', Tokens(...) or, to an "
                           "executor, Checker(...)");
 }
 
@@ -74,7 +76,46 @@ rlef::Limits limits_of(const py::handle& limits) {
     };
     const auto whole = [&limits](const char* name) { return limits.attr(name).cast<std::int64_t>(); };
     return {nanoseconds("cpu_s"),  nanoseconds("wall_limit_s"), whole("memory_bytes"), whole("processes"),
-            whole("output_bytes"), whole("kept_output_bytes"),  whole("open_files")};
+            whole("output_bytes"), whole("kept_output_bytes"),  whole("open_files"),   whole("file_bytes")};
+}
+
+/// Text, or bytes as they are.
+std::string bytes_of(const py::handle& value) {
+    return py::isinstance<py::bytes>(value) ? value.cast<std::string>() : utf8(value);
+}
+
+std::vector<std::string> texts_of(const py::handle& values) {
+    std::vector<std::string> texts;
+    for (const auto& value : values) texts.push_back(utf8(value));
+    return texts;
+}
+
+/// From a rlef_sandbox.Command.
+std::string encoded_command(const py::handle& given, const std::vector<std::string>& more_arguments) {
+    rlef::Command command;
+    command.arguments = texts_of(given.attr("arguments"));
+    command.arguments.insert(command.arguments.end(), more_arguments.begin(), more_arguments.end());
+    command.environment = texts_of(given.attr("environment_lines"));
+    std::vector<std::string> contents;
+    contents.reserve(py::len(given.attr("files")));
+    for (const auto& item : given.attr("files").attr("items")()) {
+        const auto [name, content] = item.cast<std::pair<py::object, py::object>>();
+        command.files.push_back({utf8(name), contents.emplace_back(bytes_of(content))});
+    }
+    command.outputs = texts_of(given.attr("outputs"));
+    command.may_fork = given.attr("may_fork").cast<bool>();
+    command.stack_bytes = given.attr("stack_bytes").cast<std::int64_t>();
+    return rlef::encode(command);
+}
+
+struct Program {
+    rlef::ProgramKind kind;
+    std::string text;
+};
+
+Program program_of(const py::handle& program, const std::vector<std::string>& more_arguments) {
+    if (!py::hasattr(program, "arguments")) return {rlef::ProgramKind::Python, utf8(program)};
+    return {rlef::ProgramKind::Command, encoded_command(program, more_arguments)};
 }
 
 rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
@@ -82,13 +123,19 @@ rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
     const py::object judge = job.attr("judge");
     const bool has_checker = py::hasattr(judge, "program");
     const auto limits = limits_of(own_limits.is_none() ? default_limits : own_limits);
-    rlef::Job result{utf8(job.attr("program")),
+    auto program = program_of(job.attr("program"), {});
+    auto checker = has_checker ? program_of(judge.attr("program"),
+                                            {rlef::kCheckerArguments.begin(), rlef::kCheckerArguments.end()})
+                               : Program{};
+    rlef::Job result{program.kind,
+                     std::move(program.text),
                      utf8(job.attr("function")),
                      {},
                      limits,
                      job.attr("stop_at_first_failure").cast<bool>(),
                      has_checker ? rlef::Judge{} : judge_of(judge),
-                     has_checker ? utf8(judge.attr("program")) : std::string{},
+                     checker.kind,
+                     std::move(checker.text),
                      has_checker ? limits_of(judge.attr("limits")) : limits};
     for (const auto& test : job.attr("tests")) {
         result.tests.push_back({utf8(test.attr("input")), utf8(test.attr("expected_output"))});
@@ -98,11 +145,13 @@ rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
 
 /// The arguments of rlef_sandbox.Result, in its order.
 py::tuple outcome_tuple(const rlef::Outcome& outcome) {
+    py::dict files;
+    for (const auto& [name, content] : outcome.files) files[py::str(name)] = py::bytes(content);
     return py::make_tuple(kVerdictNames[static_cast<std::size_t>(outcome.verdict)], outcome.exit_code,
                           outcome.signal, decoded(outcome.out), decoded(outcome.err), outcome.out_truncated,
                           outcome.err_truncated, static_cast<double>(outcome.cpu_ns) / 1e9,
                           static_cast<double>(outcome.wall_ns) / 1e9, outcome.peak_memory_bytes,
-                          kStoppedByNames[static_cast<std::size_t>(outcome.stopped_by)]);
+                          kStoppedByNames[static_cast<std::size_t>(outcome.stopped_by)], files);
 }
 
 /// Calls `done(patience)` without the interpreter's lock until it is true. Throws what a signal handler
@@ -276,13 +325,15 @@ PYBIND11_MODULE(_core, module) {
         .def("cancel", &Batch::cancel);
 
     py::class_<rlef::Supervisor>(module, "Supervisor")
-        .def(py::init([](std::vector<std::string> arguments, std::vector<std::string> environment,
-                         unsigned workers, std::uint32_t allowed_missing) {
+        .def(py::init([](std::vector<std::string> for_python, std::vector<std::string> for_commands,
+                         const std::vector<std::string>& environment, unsigned workers,
+                         std::uint32_t allowed_missing) {
                  return std::make_unique<rlef::Supervisor>(
-                     rlef::WorkerCommand{std::move(arguments), std::move(environment)}, workers,
-                     allowed_missing);
+                     rlef::WorkerCommand{std::move(for_python), environment},
+                     rlef::WorkerCommand{std::move(for_commands), environment}, workers, allowed_missing);
              }),
-             py::arg("arguments"), py::arg("environment"), py::arg("workers"), py::arg("allowed_missing"))
+             py::arg("for_python"), py::arg("for_commands"), py::arg("environment"), py::arg("workers"),
+             py::arg("allowed_missing"))
         .def("wait_until_ready",
              [](rlef::Supervisor& supervisor) {
                  wait_interruptibly([&](auto patience) { return supervisor.wait_until_ready(patience); });

@@ -155,13 +155,26 @@ struct MountAttributes {  // struct mount_attr, which older headers lack
 };
 
 constexpr std::uint64_t kReadOnly = 0x1 | 0x2 | 0x4;  // MOUNT_ATTR_RDONLY | NOSUID | NODEV
+constexpr std::uint64_t kDevice = 0x1 | 0x2 | 0x8;    // RDONLY (as a file) | NOSUID | NOEXEC
 constexpr unsigned kCloneTree = 0x1 | O_CLOEXEC | AT_EMPTY_PATH | AT_RECURSIVE;
 constexpr unsigned kFromDescriptor = 0x4;  // MOVE_MOUNT_F_EMPTY_PATH
 
-void make_read_only(int folder, const char* path, unsigned flags) {
-    const MountAttributes attributes{kReadOnly, 0, 0, 0};
+void set_attributes(int folder, const char* path, unsigned flags, std::uint64_t set) {
+    const MountAttributes attributes{set, 0, 0, 0};
     must(::syscall(SYS_mount_setattr, folder, path, flags, &attributes, sizeof attributes) == 0,
          "mount_setattr");
+}
+
+UniqueFd copy_of_mounts(const std::string& path) {
+    UniqueFd tree(
+        static_cast<int>(::syscall(SYS_open_tree, AT_FDCWD, path.c_str(), kCloneTree & ~AT_EMPTY_PATH)));
+    must(static_cast<bool>(tree), ("open_tree " + path).c_str());
+    return tree;
+}
+
+/// At a place below the current folder.
+void attach(const UniqueFd& tree, const char* place) {
+    must(::syscall(SYS_move_mount, tree.get(), "", AT_FDCWD, place, kFromDescriptor) == 0, "move_mount");
 }
 
 /// "/usr/lib" -> "usr/lib", below the current folder.
@@ -184,12 +197,9 @@ void make_place(const std::string& path, bool is_folder) {
 /// Replaces the root by an empty, read-only one that holds the readable paths and nothing else.
 void replace_root(const FileView& view) {
     must(::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0, "make mounts private");
-    std::vector<UniqueFd> trees;
-    for (const auto& path : view.readable) {
-        trees.emplace_back(
-            static_cast<int>(::syscall(SYS_open_tree, AT_FDCWD, path.c_str(), kCloneTree & ~AT_EMPTY_PATH)));
-        must(static_cast<bool>(trees.back()), "open_tree");
-    }
+    std::vector<UniqueFd> trees, devices;
+    for (const auto& path : view.readable) trees.push_back(copy_of_mounts(path));
+    for (const auto& path : view.devices) devices.push_back(copy_of_mounts(path));
     const char* place = view.readable.front().c_str();  // any folder would do; it need not be empty
     const auto* const place_options = "size=1m,mode=755";
     must(::mount("none", place, "tmpfs", MS_NOSUID | MS_NODEV, place_options) == 0, "mount tmpfs");
@@ -199,14 +209,19 @@ void replace_root(const FileView& view) {
         struct stat facts{};
         must(::fstat(trees[i].get(), &facts) == 0, "fstat");
         make_place(path, S_ISDIR(facts.st_mode));
-        must(::syscall(SYS_move_mount, trees[i].get(), "", AT_FDCWD, relative(path), kFromDescriptor) == 0,
-             "move_mount");
+        attach(trees[i], relative(path));
     }
     for (const auto& path : view.hidden) {
         must(::mount("none", relative(path), "tmpfs", MS_NOSUID | MS_NODEV, "size=4k,mode=755") == 0,
              "mount tmpfs");
     }
-    make_read_only(AT_FDCWD, ".", AT_RECURSIVE);
+    for (const auto& path : view.devices) make_place(path, false);
+    if (view.work_folder) make_place(kWorkFolder, true);
+    set_attributes(AT_FDCWD, ".", AT_RECURSIVE, kReadOnly);
+    for (std::size_t i = 0; i < devices.size(); ++i) {
+        set_attributes(devices[i].get(), "", AT_EMPTY_PATH, kDevice);
+        attach(devices[i], relative(view.devices[i]));
+    }
     must(::syscall(SYS_pivot_root, ".", ".") == 0, "pivot_root");
     must(::umount2(".", MNT_DETACH) == 0, "umount2");
     must(::chdir("/") == 0, "chdir");
@@ -223,7 +238,12 @@ struct __attribute__((packed)) LandlockPath {
     std::int32_t parent;
 };
 
-constexpr std::uint64_t kReadFile = 1 << 2, kReadFolder = 1 << 3;
+constexpr std::uint64_t kExecute = 1 << 0, kWriteFile = 1 << 1, kReadFile = 1 << 2, kReadFolder = 1 << 3;
+constexpr std::uint64_t kTruncate = 1 << 14;  // from version 3
+
+long landlock_version() {
+    return ::syscall(SYS_landlock_create_ruleset, nullptr, 0, 1);
+}
 
 std::uint64_t file_rights(long version) {
     if (version >= 5) return (1 << 16) - 1;
@@ -231,23 +251,39 @@ std::uint64_t file_rights(long version) {
     return version == 2 ? (1 << 14) - 1 : (1 << 13) - 1;
 }
 
-/// Files can be read below the readable paths, and nothing else. Returns 0 or errno.
-int restrict_files(const FileView& view) {
-    const long version = ::syscall(SYS_landlock_create_ruleset, nullptr, 0, 1);
+/// What may be done at a path, and below it.
+struct Grant {
+    std::string path;
+    std::uint64_t on_files;
+    std::uint64_t on_folders;
+};
+
+/// Nothing but what is granted can be done to files. Returns 0 or errno.
+int restrict_files(const std::vector<Grant>& grants) {
+    const long version = landlock_version();
     if (version < 0) return errno;
-    const LandlockRuleset ruleset{file_rights(version), version >= 4 ? 3U : 0U, version >= 6 ? 3U : 0U};
+    const auto handled = file_rights(version);
+    const LandlockRuleset ruleset{handled, version >= 4 ? 3U : 0U, version >= 6 ? 3U : 0U};
     const std::size_t known = version >= 6 ? 24 : version >= 4 ? 16 : 8;
     const UniqueFd rules(static_cast<int>(::syscall(SYS_landlock_create_ruleset, &ruleset, known, 0)));
     if (!rules) return errno;
-    for (const auto& path : view.readable) {
-        const UniqueFd parent(::open(path.c_str(), O_PATH | O_CLOEXEC));
+    for (const auto& grant : grants) {
+        const UniqueFd parent(::open(grant.path.c_str(), O_PATH | O_CLOEXEC));
         must(static_cast<bool>(parent), "open a readable path");
         struct stat facts{};
         must(::fstat(parent.get(), &facts) == 0, "fstat");
-        const LandlockPath rule{S_ISDIR(facts.st_mode) ? kReadFile | kReadFolder : kReadFile, parent.get()};
+        const auto rights = grant.on_files | (S_ISDIR(facts.st_mode) ? grant.on_folders : 0);
+        const LandlockPath rule{rights & handled, parent.get()};
         must(::syscall(SYS_landlock_add_rule, rules.get(), 1, &rule, 0) == 0, "landlock_add_rule");
     }
     return ::syscall(SYS_landlock_restrict_self, rules.get(), 0) == 0 ? 0 : errno;
+}
+
+std::vector<Grant> grants_of(const FileView& view, std::uint64_t on_files) {
+    std::vector<Grant> grants;
+    for (const auto& path : view.readable) grants.push_back({path, on_files, kReadFolder});
+    for (const auto& path : view.devices) grants.push_back({path, kReadFile | kWriteFile | kTruncate, 0});
+    return grants;
 }
 
 /// The life of pid 1: nothing, until the worker is gone. Then the kernel ends the namespace's other
@@ -309,13 +345,8 @@ void enter_namespaces(Isolation& isolation) {
     if (isolation.pid_namespace) ++isolation.processes_of_ours;
 }
 
-bool holds(const Isolation& isolation, Layer layer) {
-    return isolation.errors[static_cast<unsigned>(layer)] == 0;
-}
-
-}  // namespace
-
-Isolation isolate(const FileView& view) {
+/// All but Landlock and the rights that are left.
+Isolation isolate_from_the_machine(const FileView& view) {
     Isolation isolation;
     choose_user(isolation);
     if (isolation.change_user && !has_capability(CAP_SYS_ADMIN)) {  // root of a container: leave it now
@@ -328,12 +359,47 @@ Isolation isolate(const FileView& view) {
     enter_namespaces(isolation);
     if (holds(isolation, Layer::MountNamespace)) replace_root(view);
     must(::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS");
-    isolation.errors[static_cast<unsigned>(Layer::Landlock)] = restrict_files(view);
+    return isolation;
+}
+
+/// Keeps what solution processes need to change their user, and `besides`.
+void give_up_rights(const Isolation& isolation, std::uint64_t besides) {
     if (has_capability(CAP_SETPCAP)) empty_bounding_set();
     // CAP_KILL: without it the kernel would not let this process's death reach children of another user.
-    const auto kept = bit(CAP_SETUID) | bit(CAP_SETGID) | bit(CAP_KILL);
-    keep_capabilities(isolation.change_user ? kept : 0);
+    const auto changing = bit(CAP_SETUID) | bit(CAP_SETGID) | bit(CAP_KILL);
+    keep_capabilities((isolation.change_user ? changing : 0) | besides);
+}
+
+}  // namespace
+
+bool holds(const Isolation& isolation, Layer layer) {
+    return isolation.errors[static_cast<unsigned>(layer)] == 0;
+}
+
+Isolation isolate(const FileView& view) {
+    auto isolation = isolate_from_the_machine(view);
+    isolation.errors[static_cast<unsigned>(Layer::Landlock)] = restrict_files(grants_of(view, kReadFile));
+    give_up_rights(isolation, 0);
     return isolation;
+}
+
+Isolation isolate_for_commands(const FileView& view) {
+    auto isolation = isolate_from_the_machine(view);
+    isolation.errors[static_cast<unsigned>(Layer::Landlock)] = landlock_version() < 0 ? errno : 0;
+    give_up_rights(isolation, holds(isolation, Layer::MountNamespace) ? bit(CAP_SYS_ADMIN) : 0);
+    return isolation;
+}
+
+void restrict_files_of_command(const Isolation& isolation, const FileView& view, bool is_writable) {
+    if (!holds(isolation, Layer::Landlock)) return;
+    auto grants = grants_of(view, kReadFile | kExecute);
+    if (holds(isolation, Layer::MountNamespace)) {
+        const auto everything = ~std::uint64_t{0};
+        grants.push_back({kWorkFolder, is_writable ? everything : kReadFile | kExecute,
+                          is_writable ? everything : kReadFolder});
+    }
+    const int error = restrict_files(grants);
+    if (error) throw std::system_error(error, std::generic_category(), "Landlock");
 }
 
 void drop_privileges(const Isolation& isolation) {

@@ -13,6 +13,7 @@ struct Limits {
     std::int64_t output_bytes;
     std::int64_t kept_output_bytes;
     std::int64_t open_files;
+    std::int64_t file_bytes;  // what a command may write in its working folder
 };
 
 }  // namespace rlef

@@ -10,7 +10,7 @@ namespace rlef {
 namespace {
 
 constexpr std::size_t kMostText = 16'384;
-constexpr std::size_t kMostFds = 5;
+constexpr std::size_t kMostFds = 6;
 
 [[noreturn]] void fail(const char* what) {
     throw std::system_error(errno, std::generic_category(), what);

@@ -16,8 +16,10 @@ namespace rlef {
 /// From the supervisor to a worker. Expected outputs are not among it.
 struct Request {
     enum class Kind : std::uint32_t {
-        Program,  // limits; with one descriptor: the source. The text names the function to call, if any
-        Test,     // with descriptors: standard input, output and error, and what a checker reads besides
+        Program,  // limits; with one descriptor: the source, or the command. The text names the function to
+                  // call, if any
+        Test,     // with descriptors: standard input, output and error; for a command, a file for its
+                  // outputs; for a checker, the expected output and the output
         End,      // no more tests of this program
     };
     Kind kind;
@@ -28,11 +30,12 @@ struct Request {
 /// From a worker to the supervisor.
 struct Report {
     enum class Kind : std::uint32_t {
-        Ready,         // isolated; `layers` holds what is missing
-        Finished,      // one test process ended
-        NotCompiled,   // the source is no program; the text is what the interpreter said
-        Died,          // the solution process ended of itself
-        CannotIsolate  // the text names the step that failed
+        Ready,          // isolated; `layers` holds what is missing
+        Finished,       // one test process ended
+        NotCompiled,    // the source is no program; the text is what the interpreter said
+        Died,           // the solution process ended of itself
+        CannotIsolate,  // the text names the step that failed
+        CannotExecute,  // a command, and the text says why: neither it nor the machine is broken
     };
     enum class Stopped : std::uint32_t { No, CpuTime, WallTime };
     Kind kind;

@@ -247,6 +247,29 @@ constexpr SystemCall kHostile[] = {
     call::modify_ldt,
 };
 
+/// What changes files. Where they may not be changed, no rule names these.
+constexpr SystemCall kWritingFiles[] = {
+    call::chmod,     call::copy_file_range, call::creat,    call::fallocate,       call::fchmod,
+    call::fchmodat,  call::fchmodat2,       call::flock,    call::futimesat,       call::link,
+    call::linkat,    call::mkdir,           call::mkdirat,  call::rename,          call::renameat,
+    call::renameat2, call::rmdir,           call::sendfile, call::symlink,         call::symlinkat,
+    call::truncate,  call::unlink,          call::unlinkat, call::sync_file_range, call::utime,
+    call::utimensat, call::utimes,
+};
+
+/// Run-time systems try these first, and do without.
+constexpr SystemCall kTried[] = {
+    call::io_setup,
+    call::io_uring_enter,
+    call::io_uring_register,
+    call::io_uring_setup,
+};
+
+/// Tools that copy or list files ask for these, and take it well when the file system has none.
+constexpr SystemCall kExtendedAttributes[] = {
+    call::getxattr, call::lgetxattr, call::fgetxattr, call::listxattr, call::llistxattr, call::flistxattr,
+};
+
 /// Calls that depend on an argument.
 std::vector<Rule> conditions(Architecture architecture) {
     const auto on = [architecture](const SystemCall& call) { return call.on(architecture); };
@@ -284,6 +307,18 @@ std::vector<Rule> conditions(Architecture architecture) {
     };
 }
 
+/// What a rule already says of the same call does not count any more.
+void replace(Policy& policy, const Rule& rule) {
+    auto& rules = policy.rules;
+    const auto found = std::find_if(rules.begin(), rules.end(),
+                                    [&rule](const Rule& known) { return known.number == rule.number; });
+    if (found != rules.end()) {
+        *found = rule;
+    } else {
+        rules.push_back(rule);
+    }
+}
+
 Policy without_absent(Policy policy) {
     auto& rules = policy.rules;
     rules.erase(
@@ -302,14 +337,11 @@ Policy worker_policy(Architecture architecture) {
     return without_absent(std::move(policy));
 }
 
-Policy test_policy(pid_t own_pid, Architecture architecture) {
+Policy test_policy(pid_t own_pid, Architecture architecture, bool may_fork) {
     const auto on = [architecture](const SystemCall& call) { return call.on(architecture); };
     const auto self = static_cast<std::uint32_t>(own_pid);
-    return without_absent({
+    Policy policy{
         {
-            {on(call::clone), kAllow, When::HasBits, 0, CLONE_THREAD, {}, refuse(EAGAIN)},
-            {on(call::fork), refuse(EAGAIN)},
-            {on(call::vfork), refuse(EAGAIN)},
             {on(call::kill), kAllow, When::Equal, 0, self, {}, refuse(EPERM)},
             {on(call::tgkill), kAllow, When::Equal, 0, self, {}, refuse(EPERM)},
             {on(call::tkill), refuse(EPERM)},
@@ -338,8 +370,36 @@ Policy test_policy(pid_t own_pid, Architecture architecture) {
         kAllow,
         kAllow,
         first_alien(architecture),
-        0,  // the worker's filter has checked the architecture
-    });
+        0,  // the first filter has checked the architecture
+    };
+    if (!may_fork) {
+        policy.rules.push_back({on(call::clone), kAllow, When::HasBits, 0, CLONE_THREAD, {}, refuse(EAGAIN)});
+        policy.rules.push_back({on(call::fork), refuse(EAGAIN)});
+        policy.rules.push_back({on(call::vfork), refuse(EAGAIN)});
+    }
+    return without_absent(std::move(policy));
+}
+
+Policy command_policy(CommandRights rights, Architecture architecture) {
+    const auto on = [architecture](const SystemCall& call) { return call.on(architecture); };
+    auto policy = worker_policy(architecture);
+    constexpr std::uint32_t kSetThreadArea = 0x1002, kGetThreadArea = 0x1003;  // ARCH_SET_FS, ARCH_GET_FS
+    for (const auto& call : {call::execve, call::execveat, call::mincore})
+        replace(policy, {on(call), kAllow});
+    for (const auto& call : kExtendedAttributes) replace(policy, {on(call), refuse(EOPNOTSUPP)});
+    for (const auto& call : kTried) replace(policy, {on(call), refuse(ENOSYS)});
+    replace(
+        policy,
+        {on(call::arch_prctl), kAllow, When::OneOf, 0, 0, {kSetThreadArea, kGetThreadArea}, refuse(EINVAL)});
+    replace(policy, {on(call::socket), refuse(EAFNOSUPPORT)});  // Java looks which kinds there are
+    if (rights.fork) {
+        for (const auto& call : {call::fork, call::vfork}) replace(policy, {on(call), kAllow});
+    }
+    if (rights.write) {
+        for (const auto& call : {call::open, call::openat}) replace(policy, {on(call), kAllow});
+        for (const auto& call : kWritingFiles) replace(policy, {on(call), kAllow});
+    }
+    return without_absent(std::move(policy));
 }
 
 }  // namespace rlef

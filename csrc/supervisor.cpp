@@ -78,6 +78,7 @@ std::string read_range(const UniqueFd& file, std::size_t begin, std::size_t end)
 struct Streams {
     UniqueFd out;
     UniqueFd err;
+    UniqueFd files;  // of a command: what it left
 };
 
 struct BadEnding {
@@ -86,12 +87,14 @@ struct BadEnding {
 };
 
 /// The verdict that needs no look at the output. Empty when the program ended well.
-std::optional<BadEnding> bad_ending(const Report& report, const Limits& limits, std::int64_t bare_memory) {
+std::optional<BadEnding> bad_ending(const Report& report, const Limits& limits, std::int64_t bare_memory,
+                                    std::int64_t output_bytes) {
     const bool signalled = WIFSIGNALED(report.wait_status);
     const int signal = signalled ? WTERMSIG(report.wait_status) : 0;
     const BadEnding out_of_memory{Verdict::OutOfMemory, StoppedBy::MemoryLimit};
     if (signal == SIGSYS) return BadEnding{Verdict::Security, StoppedBy::SystemCallFilter};
-    if (signal == SIGXFSZ) return BadEnding{Verdict::OutputLimit, StoppedBy::OutputLimit};
+    if (signal == SIGXFSZ || output_bytes > limits.output_bytes)
+        return BadEnding{Verdict::OutputLimit, StoppedBy::OutputLimit};
     if (report.peak_memory_bytes > bare_memory + limits.memory_bytes) return out_of_memory;
     if (report.stopped == Report::Stopped::CpuTime || signal == SIGXCPU || report.cpu_ns > limits.cpu_ns) {
         return BadEnding{Verdict::Timeout, StoppedBy::CpuLimit};
@@ -126,7 +129,8 @@ Outcome judge(const Report& report, const Streams& streams, const Job& job, cons
     const auto kept = static_cast<std::size_t>(job.limits.kept_output_bytes);
     const auto out_size = size_of(streams.out);
     const auto err_size = size_of(streams.err);
-    const auto ending = bad_ending(report, job.limits, bare_memory);
+    const auto most_output = static_cast<std::int64_t>(std::max(out_size, err_size));
+    const auto ending = bad_ending(report, job.limits, bare_memory, most_output);
     outcome.out = read_range(streams.out, 0, ending ? std::min(kept, out_size) : out_size);
     if (ending) {
         outcome.verdict = ending->verdict;
@@ -140,6 +144,9 @@ Outcome judge(const Report& report, const Streams& streams, const Job& job, cons
     outcome.out_truncated = out_size > kept;
     outcome.err = read_range(streams.err, err_size - std::min(kept, err_size), err_size);
     outcome.err_truncated = err_size > kept;
+    if (streams.files && size_of(streams.files) > 0) {
+        outcome.files = decode_files(read_range(streams.files, 0, size_of(streams.files)));
+    }
     return outcome;
 }
 
@@ -159,7 +166,8 @@ Outcome not_compiled(const Message<Report>& report) {
 std::shared_ptr<Check> check_of(const Job& job, const std::vector<Outcome>& outcomes) {
     if (job.checker.empty()) return nullptr;
     const auto check = std::make_shared<Check>();
-    check->job = {job.checker, kCheckerFunction, {}, job.checker_limits, false, {}, {}, {}};
+    const auto* const function = job.checker_kind == ProgramKind::Python ? kCheckerFunction : "";
+    check->job = {job.checker_kind, job.checker, function, {}, job.checker_limits, false, {}, {}, {}, {}};
     for (std::size_t i = 0; i < outcomes.size(); ++i) {
         if (outcomes[i].verdict != Verdict::Passed) continue;
         check->tests.push_back(i);
@@ -175,17 +183,32 @@ std::string last_line(std::string text) {
     return text.substr(text.rfind('\n') + 1);
 }
 
-/// Whether the checker ended well and returned this.
-bool returned(const Outcome& checker, std::string_view value) {
-    return checker.exit_code == 0 && checker.stopped_by == StoppedBy::Nothing && checker.out == value;
+/// Whether a checker accepts; empty when it said neither yes nor no. A command speaks by its exit status, as
+/// programs made with testlib do.
+std::optional<bool> word_of(ProgramKind kind, const Outcome& checker) {
+    if (checker.stopped_by != StoppedBy::Nothing || !checker.exit_code) return std::nullopt;
+    if (kind == ProgramKind::Command) {
+        constexpr int kWrongAnswer = 1, kPresentationError = 2, kDirt = 4, kUnexpectedEnd = 8;
+        const int status = *checker.exit_code;
+        if (status == 0) return true;
+        for (const int wrong : {kWrongAnswer, kPresentationError, kDirt, kUnexpectedEnd}) {
+            if (status == wrong) return false;
+        }
+        return std::nullopt;
+    }
+    if (*checker.exit_code == 0 && checker.out == "true\n") return true;
+    if (*checker.exit_code == 0 && checker.out == "false\n") return false;
+    return std::nullopt;
 }
 
-/// What a checker did that returned neither true nor false.
-std::string misconduct(const Outcome& checker) {
+/// What a checker did that said neither yes nor no.
+std::string misconduct(ProgramKind kind, const Outcome& checker) {
     if (checker.signal) return "it was ended by signal " + std::to_string(*checker.signal);
-    if (checker.exit_code == 0) return "it must return True or False, not " + last_line(checker.out);
+    const auto status = "its exit status is " + std::to_string(checker.exit_code.value_or(0));
     const auto error = last_line(checker.err);
-    return error.empty() ? "its exit status is " + std::to_string(checker.exit_code.value_or(0)) : error;
+    if (kind == ProgramKind::Command) return error.empty() ? status : status + ": " + error;
+    if (checker.exit_code == 0) return "it must return True or False, not " + last_line(checker.out);
+    return error.empty() ? status : error;
 }
 
 void skip_after_failure(std::vector<Outcome>& outcomes) {
@@ -227,6 +250,10 @@ class SpawnSettings {
     posix_spawnattr_t attributes;
 };
 
+ProgramKind other(ProgramKind kind) {
+    return kind == ProgramKind::Python ? ProgramKind::Command : ProgramKind::Python;
+}
+
 void block_all_signals() {
     sigset_t all;
     ::sigfillset(&all);
@@ -238,10 +265,13 @@ void block_all_signals() {
 /// One worker process and what it is doing.
 struct WorkerSlot {
     enum class State { Absent, Starting, Idle, Busy };
+    ProgramKind kind = ProgramKind::Python;
     State state = State::Absent;
     pid_t pid = -1;
     UniqueFd socket;
     UniqueFd log;  // the worker's standard error
+    std::int64_t bare_memory_bytes = 0;
+    bool ever_ready = false;
     unsigned failed_starts = 0;
     std::chrono::steady_clock::time_point start_at;  // Absent: not before
     std::chrono::steady_clock::time_point deadline;
@@ -259,13 +289,21 @@ struct WorkerSlot {
     std::vector<Outcome>& outcomes() const { return check ? check->outcomes : batch->outcomes[job_index]; }
 };
 
-Supervisor::Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing)
-    : command_(std::move(command)),
+Supervisor::Supervisor(WorkerCommand for_python, WorkerCommand for_commands, unsigned workers,
+                       std::uint32_t allowed_missing)
+    : for_python_(std::move(for_python)),
+      for_commands_(std::move(for_commands)),
+      workers_(workers),
       allowed_missing_(allowed_missing),
       owner_(::getpid()),
       wake_up_(::eventfd(0, EFD_CLOEXEC)) {
     must(static_cast<bool>(wake_up_), "eventfd");
-    for (unsigned i = 0; i < workers; ++i) slots_.push_back(std::make_unique<WorkerSlot>());
+    for (const auto kind : {ProgramKind::Python, ProgramKind::Command}) {
+        for (unsigned i = 0; i < workers; ++i) {
+            slots_.push_back(std::make_unique<WorkerSlot>());
+            slots_.back()->kind = kind;
+        }
+    }
     thread_ = std::thread([this] { supervise(); });
 }
 
@@ -277,7 +315,7 @@ bool Supervisor::wait_until_ready(std::chrono::milliseconds patience) {
     Lock lock(mutex_);
     return changed_.wait_for(lock, patience, [this] {
         return !fault_.empty() || std::all_of(slots_.begin(), slots_.end(), [](const auto& slot) {
-            return slot->state == WorkerSlot::State::Idle || slot->state == WorkerSlot::State::Busy;
+            return slot->ever_ready || slot->kind == ProgramKind::Command;
         });
     });
 }
@@ -312,7 +350,12 @@ void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
     if (closing_) batch->fault = "the executor is closed";
     if (!batch->fault.empty()) return;
     for (std::size_t i = 0; i < batch->jobs.size(); ++i) {
-        if (batch->jobs[i].tests.empty()) {
+        const auto& job = batch->jobs[i];
+        const bool has_checker = !job.checker.empty();
+        if (job.kind == ProgramKind::Command || (has_checker && job.checker_kind == ProgramKind::Command)) {
+            has_commands_ = true;
+        }
+        if (job.tests.empty()) {
             --batch->remaining;
             batch->finished.push_back(i);
         } else {
@@ -419,7 +462,7 @@ void Supervisor::wait_for_events() {
     auto until = Clock::now() + 1h;
     for (const auto& slot :
          slots_) {  // slots and the fault change in this thread only: looking needs no lock
-        const bool to_be_started = slot->state == WorkerSlot::State::Absent && fault_.empty();
+        const bool to_be_started = slot->state == WorkerSlot::State::Absent && is_wanted(*slot);
         if (to_be_started) until = std::min(until, slot->start_at);
         if (!slot->socket) continue;
         events.push_back({slot->socket.get(), POLLIN, 0});
@@ -433,10 +476,15 @@ void Supervisor::wait_for_events() {
     }
 }
 
+/// Whether an absent worker should be started. Most executors never run a command.
+bool Supervisor::is_wanted(const WorkerSlot& slot) const {
+    return fault_.empty() && (slot.kind == ProgramKind::Python || has_commands_);
+}
+
 void Supervisor::start_absent_workers() {
     for (auto& slot : slots_) {
         const bool due = slot->state == WorkerSlot::State::Absent && Clock::now() >= slot->start_at;
-        if (!due || !fault_.empty()) continue;
+        if (!due || !is_wanted(*slot)) continue;
         try {
             start(*slot);
         } catch (const std::system_error& error) {
@@ -458,10 +506,11 @@ void Supervisor::start(WorkerSlot& slot) {
     }
     ::posix_spawn_file_actions_adddup2(&settings.actions, slot.log.get(), 2);
     ::posix_spawn_file_actions_adddup2(&settings.actions, theirs.get(), kWorkerSocket);
-    const int error =
-        ::posix_spawn(&slot.pid, command_.arguments.front().c_str(), &settings.actions, &settings.attributes,
-                      pointers(command_.arguments).data(), pointers(command_.environment).data());
-    if (error) throw std::system_error(error, std::generic_category(), "start " + command_.arguments.front());
+    const auto& [arguments, environment] = slot.kind == ProgramKind::Python ? for_python_ : for_commands_;
+    const auto& executable = arguments.front();
+    const int error = ::posix_spawn(&slot.pid, executable.c_str(), &settings.actions, &settings.attributes,
+                                    pointers(arguments).data(), pointers(environment).data());
+    if (error) throw std::system_error(error, std::generic_category(), "start " + executable);
     slot.state = WorkerSlot::State::Starting;
     slot.deadline = Clock::now() + kStartPatience;
 }
@@ -472,20 +521,38 @@ void Supervisor::stop(WorkerSlot& slot) {
         while (::waitpid(slot.pid, nullptr, 0) < 0 && errno == EINTR) {
         }
     }
-    const auto failed_starts = slot.failed_starts;
-    const auto start_at = slot.start_at;
-    slot = WorkerSlot{};
-    slot.failed_starts = failed_starts;
-    slot.start_at = start_at;
+    WorkerSlot absent;
+    absent.kind = slot.kind;
+    absent.ever_ready = slot.ever_ready;
+    absent.failed_starts = slot.failed_starts;
+    absent.start_at = slot.start_at;
+    slot = std::move(absent);
+}
+
+/// Empty when none is idle, or as many workers are busy as may be.
+WorkerSlot* Supervisor::idle_slot(ProgramKind kind) {
+    WorkerSlot* idle = nullptr;
+    unsigned busy = 0;
+    for (auto& slot : slots_) {
+        if (slot->state == WorkerSlot::State::Busy) ++busy;
+        if (slot->state == WorkerSlot::State::Idle && slot->kind == kind) idle = slot.get();
+    }
+    return busy < workers_ ? idle : nullptr;
 }
 
 void Supervisor::assign_jobs() {
-    for (auto& slot : slots_) {
-        while (slot->state == WorkerSlot::State::Idle && !queue_.empty()) {
-            auto job = std::move(queue_.front());
-            queue_.pop_front();
-            if (!job.batch->cancelled && job.batch->fault.empty()) give(*slot, std::move(job));
+    std::size_t passed_over = 0;  // jobs for which no worker is idle
+    while (passed_over < queue_.size()) {
+        const auto place = queue_.begin() + static_cast<std::ptrdiff_t>(passed_over);
+        const bool is_live = !place->batch->cancelled && place->batch->fault.empty();
+        auto* const slot = is_live ? idle_slot(place->kind()) : nullptr;
+        if (is_live && !slot) {
+            if (++passed_over == 1 && !idle_slot(other(place->kind()))) return;
+            continue;
         }
+        auto job = std::move(*place);
+        queue_.erase(place);
+        if (slot) give(*slot, std::move(job));
     }
 }
 
@@ -497,7 +564,7 @@ void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
     slot.next_to_send = slot.next_to_report = job.first_test;
     slot.state = WorkerSlot::State::Busy;
     try {
-        const auto source = sealed_file("solution.py", slot.job().program);
+        const auto source = sealed_file("program", slot.job().program);
         const bool few_tests = slot.job().tests.size() - job.first_test <= kFewTests;
         const Request request{Request::Kind::Program, few_tests, slot.job().limits};
         if (send_message(slot.socket.get(), request, slot.job().function, {source.get()})) send_tests(slot);
@@ -512,9 +579,13 @@ void Supervisor::send_tests(WorkerSlot& slot) {
     const std::size_t ahead = job.stop_at_first_failure ? 1 : kTestsAhead;
     while (slot.next_to_send < job.tests.size() && slot.streams.size() < ahead) {
         const auto input = sealed_file("input", job.tests[slot.next_to_send].input);
-        Streams streams{memory_file("output"), memory_file("error")};
+        Streams streams{memory_file("output"), memory_file("error"), {}};
         const Request request{Request::Kind::Test, 0, job.limits};
         std::vector<int> fds{input.get(), streams.out.get(), streams.err.get()};
+        if (job.kind == ProgramKind::Command) {
+            streams.files = memory_file("files");
+            fds.push_back(streams.files.get());
+        }
         UniqueFd expected, output;
         if (slot.check) {
             expected = sealed_file("expected output", job.tests[slot.next_to_send].expected_output);
@@ -570,16 +641,19 @@ void Supervisor::handle(WorkerSlot& slot, const Message<Report>& report) {
             return handle_end_of_program(slot, outcome);
         }
         case Report::Kind::CannotIsolate:
-            if (slot.state == WorkerSlot::State::Starting) {
+            if (slot.state == WorkerSlot::State::Starting && slot.kind == ProgramKind::Python) {
                 return fail_everything("a worker could not isolate itself: " + report.text);
             }
             return handle_death(slot, report.text);
+        case Report::Kind::CannotExecute:
+            fail_batch(*slot.batch, report.text);
+            return make_idle(slot);
     }
 }
 
 void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
     layers_ = report.layers;
-    bare_memory_bytes_ = report.bare_memory_bytes;
+    slot.bare_memory_bytes = report.bare_memory_bytes;
     std::string missing;
     for (std::size_t layer = 0; layer < kLayers; ++layer) {
         if (report.layers[layer] == 0 || (allowed_missing_ >> layer) & 1) continue;
@@ -592,7 +666,7 @@ void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
     }
     slot.failed_starts = 0;
     slot.state = WorkerSlot::State::Idle;
-    ever_ready_ = true;
+    slot.ever_ready = true;
     changed_.notify_all();
 }
 
@@ -600,7 +674,7 @@ void Supervisor::handle_finished(WorkerSlot& slot, const Report& report) {
     if (slot.streams.empty()) return;
     const auto& job = slot.job();
     const auto& test = job.tests[slot.next_to_report];
-    auto outcome = judge(report, slot.streams.front(), job, test, bare_memory_bytes_);
+    auto outcome = judge(report, slot.streams.front(), job, test, slot.bare_memory_bytes);
     const bool failed = outcome.verdict != Verdict::Passed;
     slot.streams.pop_front();
     slot.outcomes()[slot.next_to_report++] = std::move(outcome);
@@ -643,12 +717,13 @@ void Supervisor::finish_check(WorkerSlot& slot) {
     for (std::size_t i = 0; i < check->tests.size(); ++i) {
         auto& outcome = outcomes[check->tests[i]];
         const auto& answer = check->outcomes[i];
-        const bool accepted = returned(answer, "true\n");
-        if (!accepted && !returned(answer, "false\n")) {
+        const auto kind = check->job.kind;
+        const auto accepted = word_of(kind, answer);
+        if (!accepted) {
             fail_batch(*slot.batch, "the checker failed on test " + std::to_string(check->tests[i]) + ": " +
-                                        misconduct(answer));
+                                        misconduct(kind, answer));
         }
-        if (!accepted) outcome.verdict = Verdict::WrongOutput;
+        if (!accepted.value_or(false)) outcome.verdict = Verdict::WrongOutput;
         cut_output(outcome, slot.job().limits);
     }
     if (slot.job().stop_at_first_failure) skip_after_failure(outcomes);
@@ -683,13 +758,18 @@ void Supervisor::handle_failed_start(WorkerSlot& slot, const std::string& fault)
     const auto now = Clock::now();
     slot.start_at = now + kPauseAfterFailedStart;
     if (++slot.failed_starts < kMostFailedStarts) return;
-    if (!ever_ready_) return fail_everything(fault);
+    const auto any_of_its_kind = [this, &slot](auto holds) {
+        return std::any_of(slots_.begin(), slots_.end(),
+                           [&](const auto& other) { return other->kind == slot.kind && holds(*other); });
+    };
+    const bool ever_ready = any_of_its_kind([](const auto& other) { return other.ever_ready; });
+    if (!ever_ready && slot.kind == ProgramKind::Python) return fail_everything(fault);
     slot.failed_starts = 0;
     slot.start_at = now + kPauseAfterMostFailedStarts;
-    const bool any_left = std::any_of(slots_.begin(), slots_.end(), [](const auto& other) {
-        return other->state == WorkerSlot::State::Idle || other->state == WorkerSlot::State::Busy;
+    const bool any_left = any_of_its_kind([](const auto& other) {
+        return other.state == WorkerSlot::State::Idle || other.state == WorkerSlot::State::Busy;
     });
-    if (!any_left) fail_queue(fault);
+    if (!any_left) fail_queue(slot.kind, fault);
 }
 
 void Supervisor::fail_batch(Batch& batch, const std::string& fault) {
@@ -705,14 +785,17 @@ void Supervisor::tell(Batch& batch) {
     }
 }
 
-void Supervisor::fail_queue(const std::string& fault) {
-    for (const auto& job : queue_) fail_batch(*job.batch, fault);
-    queue_.clear();
+/// Jobs that wait for a worker of this kind.
+void Supervisor::fail_queue(ProgramKind kind, const std::string& fault) {
+    const auto kept = std::stable_partition(queue_.begin(), queue_.end(),
+                                            [kind](const auto& job) { return job.kind() != kind; });
+    for (auto job = kept; job != queue_.end(); ++job) fail_batch(*job->batch, fault);
+    queue_.erase(kept, queue_.end());
 }
 
 void Supervisor::fail_everything(const std::string& fault) {
     if (fault_.empty()) fault_ = fault;
-    fail_queue(fault);
+    for (const auto kind : {ProgramKind::Python, ProgramKind::Command}) fail_queue(kind, fault);
     for (auto& slot : slots_) {
         if (slot->batch) fail_batch(*slot->batch, fault);
         stop(*slot);

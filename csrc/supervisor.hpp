@@ -2,6 +2,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "command.hpp"
 #include "isolation.hpp"
 #include "judge.hpp"
 #include "limits.hpp"
@@ -41,15 +43,20 @@ struct TestCase {
     std::string expected_output;
 };
 
+/// The two kinds of programs; each has its workers.
+enum class ProgramKind { Python, Command };
+
 /// One program and the tests to run it on.
 struct Job {
-    std::string program;
+    ProgramKind kind;
+    std::string program;   // the source, or the encoded command
     std::string function;  // to call with the arguments in a test's input; empty: the program is a script
     std::vector<TestCase> tests;
     Limits limits;
     bool stop_at_first_failure;
     Judge judge;
-    std::string checker;  // a program whose function `check` judges instead; empty: none
+    ProgramKind checker_kind;
+    std::string checker;  // judges instead: a program's function `check`, or a command; empty: none
     Limits checker_limits;
 };
 
@@ -66,6 +73,7 @@ struct Outcome {
     std::int64_t cpu_ns = 0;
     std::int64_t wall_ns = 0;
     std::int64_t peak_memory_bytes = 0;
+    std::vector<File> files;  // what a command left that was asked for
 };
 
 /// Jobs that were submitted together. Guarded by the supervisor's mutex once submitted.
@@ -99,8 +107,7 @@ struct WorkerCommand {
 
 struct WorkerSlot;
 
-/// A checker, run on the outputs of a job's tests that ended well. Its process finds the input on standard
-/// input, the expected output on descriptor 3, and the output on descriptor 4.
+/// A checker, run on the outputs of a job's tests that ended well.
 struct Check {
     Job job;                           // the checker, with the inputs and expected outputs
     std::vector<std::string> outputs;  // per test of `job`
@@ -112,8 +119,11 @@ struct Check {
 /// thread may call. It never touches the interpreter of the process that it lives in.
 class Supervisor {
   public:
-    /// Starts the workers; `wait_until_ready` says when they are. Throws std::system_error.
-    Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing);
+    /// Starts the workers for Python; `wait_until_ready` says when they are. Those for commands are started
+    /// when there is a command to run. No more than `workers` of either kind are busy at once. Throws
+    /// std::system_error.
+    Supervisor(WorkerCommand for_python, WorkerCommand for_commands, unsigned workers,
+               std::uint32_t allowed_missing);
     ~Supervisor();
     Supervisor(const Supervisor&) = delete;
     Supervisor& operator=(const Supervisor&) = delete;
@@ -153,6 +163,8 @@ class Supervisor {
         unsigned attempts;
         std::size_t first_test;                  // those before have their outcome
         std::shared_ptr<Check> check = nullptr;  // not null: the job's tests are run, and are to be checked
+
+        ProgramKind kind() const { return check ? check->job.kind : batch->jobs[index].kind; }
     };
 
     void supervise();
@@ -160,6 +172,8 @@ class Supervisor {
     void start(WorkerSlot& slot);
     void handle_failed_start(WorkerSlot& slot, const std::string& fault);
     static void stop(WorkerSlot& slot);
+    bool is_wanted(const WorkerSlot& slot) const;
+    WorkerSlot* idle_slot(ProgramKind kind);
     void assign_jobs();
     void give(WorkerSlot& slot, QueuedJob job);
     static void send_tests(WorkerSlot& slot);
@@ -174,12 +188,14 @@ class Supervisor {
     void make_idle(WorkerSlot& slot);
     void fail_batch(Batch& batch, const std::string& fault);
     static void tell(Batch& batch);
-    void fail_queue(const std::string& fault);
+    void fail_queue(ProgramKind kind, const std::string& fault);
     void fail_everything(const std::string& fault);
     void wait_for_events();
     void wake();
 
-    const WorkerCommand command_;
+    const WorkerCommand for_python_;
+    const WorkerCommand for_commands_;
+    const unsigned workers_;
     const std::uint32_t allowed_missing_;
     const pid_t owner_;
     UniqueFd wake_up_;  // eventfd
@@ -187,12 +203,11 @@ class Supervisor {
     std::mutex mutex_;
     std::condition_variable changed_;
     std::deque<QueuedJob> queue_;
-    std::vector<std::unique_ptr<WorkerSlot>> slots_;
+    std::vector<std::unique_ptr<WorkerSlot>> slots_;  // those for Python first
     LayerErrors layers_{};
-    std::int64_t bare_memory_bytes_ = 0;
+    std::atomic<bool> has_commands_{false};  // there was one to run
     std::string fault_;
     std::uint64_t restarts_ = 0;
-    bool ever_ready_ = false;
     bool closing_ = false;
     std::thread thread_;
 };

@@ -1,42 +1,30 @@
 #include "worker.hpp"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <malloc.h>
-#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <fstream>
 #include <system_error>
 
 #include "message.hpp"
 #include "policy.hpp"
+#include "process.hpp"
 #include "system_calls.hpp"
 
 namespace rlef {
 namespace {
 
-constexpr std::int64_t kSecond = 1'000'000'000;
-constexpr std::int64_t kShortestSleep = 1'000'000;
 constexpr rlim_t kMostCompileSeconds = 20;
-constexpr rlim_t kSpareSeconds = 2;  // after which the kernel itself ends what passes its limit of CPU time
 constexpr std::size_t kThreadStack = 8 << 20;
-// Stacks of threads are reserved, not used: programs that ask for a large one must get it. What is really
-// used counts against the memory limit.
-constexpr std::int64_t kStackRoom = std::int64_t{640} << 20;
-constexpr int kSetupFailed = 250;  // exit status of a test process that could not be isolated
 
 [[noreturn]] void fail(const char* step) {
     throw std::system_error(errno, std::generic_category(), step);
@@ -45,64 +33,6 @@ constexpr int kSetupFailed = 250;  // exit status of a test process that could n
 void must(bool succeeded, const char* step) {
     if (!succeeded) fail(step);
 }
-
-std::int64_t nanoseconds(const timespec& time) {
-    return time.tv_sec * kSecond + time.tv_nsec;
-}
-std::int64_t nanoseconds(const timeval& time) {
-    return time.tv_sec * kSecond + time.tv_usec * 1000;
-}
-
-std::int64_t read_clock(clockid_t clock) {
-    timespec time{};
-    must(::clock_gettime(clock, &time) == 0, "clock_gettime");
-    return nanoseconds(time);
-}
-
-std::int64_t cpu_time(const rusage& usage) {
-    return nanoseconds(usage.ru_utime) + nanoseconds(usage.ru_stime);
-}
-
-/// By getrusage: the process's CPU clock may be a tick behind when the process itself asks.
-std::int64_t own_cpu_time() {
-    rusage usage{};
-    must(::getrusage(RUSAGE_SELF, &usage) == 0, "getrusage");
-    return cpu_time(usage);
-}
-
-/// For RLIMIT_CPU, which counts whole seconds.
-rlim_t cpu_seconds(std::int64_t nanoseconds) {
-    return static_cast<rlim_t>(nanoseconds / kSecond) + kSpareSeconds;
-}
-
-void limit(__rlimit_resource resource, rlim_t most) {
-    const rlimit both{most, most};
-    must(::setrlimit(resource, &both) == 0, "setrlimit");
-}
-
-/// The soft limit only: what a program may raise again, as on any machine.
-void limit_softly(__rlimit_resource resource, rlim_t most) {
-    rlimit both{};
-    must(::getrlimit(resource, &both) == 0, "getrlimit");
-    both.rlim_cur = std::min(most, both.rlim_max);
-    must(::setrlimit(resource, &both) == 0, "setrlimit");
-}
-
-/// Dies with the parent from now on; at once if it is dead already. `parent` is 0 where it cannot be seen.
-void die_with(pid_t parent) {
-    must(::prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) == 0, "PR_SET_PDEATHSIG");
-    if (parent && ::getppid() != parent) ::_exit(0);
-}
-
-/// What a child tells its parents, through memory that all see, before its program runs. The program cannot
-/// reach it: the test process unmaps it first.
-struct Beginning {
-    std::atomic<bool> compiled;
-    std::atomic<bool> isolated;
-    std::atomic<bool> reported;         // why there is no program to run
-    std::atomic<std::int64_t> cpu_ns;   // of the process when its program began
-    std::atomic<std::int64_t> time_ns;  // on the monotonic clock
-};
 
 /// The one thing that a program may say of itself.
 struct Confession {
@@ -149,9 +79,7 @@ void isolate_test(const Worker& worker, const std::vector<UniqueFd>& streams, co
     limit_softly(RLIMIT_CPU, cpu_seconds(own_cpu_time() + limits.cpu_ns));
     const int error = install(compile(test_policy(::getpid())));
     if (error) throw std::system_error(error, std::generic_category(), "seccomp");
-    worker.beginning->cpu_ns = own_cpu_time();
-    worker.beginning->time_ns = read_clock(CLOCK_MONOTONIC);
-    worker.beginning->isolated = true;
+    begin(*worker.beginning);
     must(::munmap(worker.beginning, sizeof(Beginning)) == 0, "munmap");
 }
 
@@ -175,33 +103,6 @@ void isolate_test(const Worker& worker, const std::vector<UniqueFd>& streams, co
 }
 
 // ---- what has a test process for a child
-
-/// Waits for the test to end, and ends it when one of its clocks runs out or the supervisor is gone. The
-/// clocks start when its program does.
-Report::Stopped watch(int socket, pid_t test, const Limits& limits, const Beginning& beginning) {
-    const UniqueFd handle(static_cast<int>(::syscall(SYS_pidfd_open, test, 0)));
-    must(static_cast<bool>(handle), "pidfd_open");
-    clockid_t cpu_clock;
-    must(::clock_getcpuclockid(test, &cpu_clock) == 0, "clock_getcpuclockid");
-    std::int64_t cpu_left = limits.cpu_ns;
-    std::int64_t wall_left = limits.wall_ns;
-    while (true) {
-        const auto sleep = std::max(std::min(cpu_left, wall_left), kShortestSleep);
-        const timespec timeout{sleep / kSecond, sleep % kSecond};
-        pollfd events[] = {{handle.get(), POLLIN, 0}, {socket, 0, 0}};  // the second for its end only
-        const int ready = ::ppoll(events, 2, &timeout, nullptr);
-        must(ready >= 0 || errno == EINTR, "ppoll");
-        if (ready > 0 && events[1].revents) ::_exit(0);  // the test dies with this process
-        if (ready > 0) return Report::Stopped::No;
-        if (!beginning.isolated) continue;
-        cpu_left = limits.cpu_ns - (read_clock(cpu_clock) - beginning.cpu_ns);
-        wall_left = limits.wall_ns - (read_clock(CLOCK_MONOTONIC) - beginning.time_ns);
-        if (cpu_left <= 0 || wall_left <= 0) {
-            ::kill(test, SIGKILL);
-            return cpu_left <= 0 ? Report::Stopped::CpuTime : Report::Stopped::WallTime;
-        }
-    }
-}
 
 /// Forks a test process, which runs `body`, and waits for it. The report is of kind Died where its program
 /// was never begun.
@@ -228,18 +129,6 @@ Report run_test(const Worker& worker, const Limits& limits, Body body) {
     report.peak_memory_bytes = static_cast<std::int64_t>(usage.ru_maxrss) * 1024;
     report.memory_error = worker.confession->memory_error;
     return report;
-}
-
-std::string read_whole(int fd) {
-    struct stat facts{};
-    must(::fstat(fd, &facts) == 0, "fstat");
-    std::string text(static_cast<std::size_t>(facts.st_size), '\0');
-    for (std::size_t at = 0; at < text.size();) {
-        const ssize_t size = ::pread(fd, &text[at], text.size() - at, static_cast<off_t>(at));
-        must(size > 0, "read the source");
-        at += static_cast<std::size_t>(size);
-    }
-    return text;
 }
 
 /// Set once per program: tests inherit these, and cannot raise them.
@@ -359,24 +248,8 @@ void run_many_tests(const Worker& worker, Message<Request> program) {
     send_message(worker.socket, report, {}, {});
 }
 
-std::int64_t statm_field(int index) {
-    std::ifstream file("/proc/self/statm");
-    std::int64_t pages = 0;
-    for (int i = 0; i <= index; ++i) file >> pages;
-    if (!file) throw std::system_error(EIO, std::generic_category(), "/proc/self/statm");
-    return pages * ::sysconf(_SC_PAGESIZE);
-}
-
-void prepare_process() {
-    must(::syscall(SYS_close_range, 4, ~0U, 0) == 0, "close_range");
-    limit(RLIMIT_CORE, 0);
-    limit(RLIMIT_MSGQUEUE, 0);
-    limit(RLIMIT_MEMLOCK, 0);
-    // The interpreter ignores these two.
-    for (const int number : {SIGPIPE, SIGXFSZ}) must(::signal(number, SIG_DFL) != SIG_ERR, "signal");
-    std::ofstream("/proc/self/oom_score_adj")
-        << 1000;  // best effort: before the trainer, should the kernel choose
-    // Threads would reserve as much as the main thread's stack may grow to.
+/// Threads would reserve as much as the main thread's stack may grow to.
+void limit_stacks_of_threads() {
     pthread_attr_t attributes;
     ::pthread_attr_init(&attributes);
     ::pthread_attr_setstacksize(&attributes, kThreadStack);
@@ -384,18 +257,11 @@ void prepare_process() {
     ::pthread_attr_destroy(&attributes);
 }
 
-/// On pages of its own that children see too.
-template <typename Record>
-Record* shared() {
-    void* page = ::mmap(nullptr, sizeof(Record), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    must(page != MAP_FAILED, "mmap");
-    return new (page) Record{};  // NOLINT(cppcoreguidelines-owning-memory): it lives as long as the process
-}
-
 }  // namespace
 
 void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter& interpreter) {
-    prepare_process();
+    prepare_worker();
+    limit_stacks_of_threads();
     Worker worker{
         socket, {}, interpreter, statm_field(0), statm_field(1), shared<Beginning>(), shared<Confession>()};
     try {

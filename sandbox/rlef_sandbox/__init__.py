@@ -8,6 +8,7 @@ from rlef_sandbox.layers import NAMESPACES, Layer
 from rlef_sandbox.records import (
     Call,
     Checker,
+    Command,
     Job,
     Judge,
     Limits,
@@ -24,6 +25,7 @@ __all__ = [
     "Batch",
     "Call",
     "Checker",
+    "Command",
     "Executor",
     "Job",
     "Judge",

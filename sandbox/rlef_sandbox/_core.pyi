@@ -5,7 +5,18 @@ from typing import Literal, TypeAlias
 from rlef_sandbox.records import Job, Judge, Limits, StoppedBy
 
 _Outcome: TypeAlias = tuple[
-    str, int | None, int | None, str, str, bool, bool, float, float, int, StoppedBy | None
+    str,
+    int | None,
+    int | None,
+    str,
+    str,
+    bool,
+    bool,
+    float,
+    float,
+    int,
+    StoppedBy | None,
+    dict[str, bytes],
 ]
 _Architecture: TypeAlias = Literal["x86_64", "aarch64"]
 # number, action, when, argument, value, values, otherwise: struct Rule of csrc/filter.hpp
@@ -37,7 +48,12 @@ class Batch:
 
 class Supervisor:
     def __init__(
-        self, arguments: list[str], environment: list[str], workers: int, allowed_missing: int
+        self,
+        for_python: list[str],
+        for_commands: list[str],
+        environment: list[str],
+        workers: int,
+        allowed_missing: int,
     ) -> None: ...
     def wait_until_ready(self) -> None: ...
     def submit(self, jobs: Sequence[Job], default_limits: Limits) -> Batch: ...

@@ -72,6 +72,7 @@ def _result(
     wall_s: float,
     peak_memory_bytes: int,
     stopped_by: StoppedBy | None,
+    files: dict[str, bytes],
 ) -> Result:
     return Result(
         verdict=Verdict(verdict),
@@ -85,4 +86,5 @@ def _result(
         wall_s=wall_s,
         peak_memory_bytes=peak_memory_bytes,
         stopped_by=stopped_by,
+        files=files,
     )

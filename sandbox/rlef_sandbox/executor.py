@@ -9,7 +9,7 @@ from types import TracebackType
 
 from rlef_sandbox import _core
 from rlef_sandbox.batch import Batch
-from rlef_sandbox.records import Call, Job, Judge, Limits, Result, SandboxFault, Test, Verdict
+from rlef_sandbox.records import Call, Command, Job, Judge, Limits, Result, SandboxFault, Test, Verdict
 from rlef_sandbox.workers import start_workers
 
 
@@ -18,7 +18,7 @@ class Executor:
 
     `workers` is how many programs run at once (default: one per core that this process may use). `limits`
     holds for jobs that bring none. `allow_missing` names isolation layers that may be absent: without it a
-    machine that lacks one is refused.
+    machine that lacks one is refused. `readable` are paths that a `Command` may read besides the system's.
 
     Raises ValueError for bad arguments, SandboxFault when the workers cannot be started or isolated.
     """
@@ -29,6 +29,7 @@ class Executor:
         workers: int | None = None,
         limits: Limits | None = None,
         allow_missing: Collection[str] = (),
+        readable: Collection[str] = (),
     ) -> None:
         if workers is None:
             workers = len(os.sched_getaffinity(0))
@@ -36,7 +37,7 @@ class Executor:
             raise ValueError(f"workers is {workers!r}: give a whole number from 1 to {_MOST_WORKERS}")
         self._limits = limits or Limits()
         self._owner = os.getpid()
-        self._supervisor = start_workers(workers, allow_missing=allow_missing)
+        self._supervisor = start_workers(workers, allow_missing=allow_missing, readable=readable)
         try:
             self._try_out()
         except BaseException:
@@ -45,7 +46,7 @@ class Executor:
 
     def run(
         self,
-        program: str,
+        program: str | Command,
         tests: Sequence[Test] | Sequence[Call],
         *,
         stop_at_first_failure: bool = False,
@@ -78,9 +79,18 @@ class Executor:
         results = dict(Batch(core))
         return [results[index] for index in range(len(jobs))]
 
+    def build(self, command: Command, *, limits: Limits | None = None) -> Result:
+        """Run a compiler: once, without input, and pass whatever it prints if it ends well.
+
+        What it makes is in `files` of the result, as far as `command.outputs` names it. Raises as `run` does.
+        """
+        limits = limits or _BUILD_LIMITS
+        [result] = self.run(command, [Test("", "")], limits=limits, judge="any")
+        return result
+
     async def run_async(
         self,
-        program: str,
+        program: str | Command,
         tests: Sequence[Test] | Sequence[Call],
         *,
         stop_at_first_failure: bool = False,
@@ -155,4 +165,5 @@ class Executor:
 
 
 _MOST_WORKERS = 1024
+_BUILD_LIMITS = Limits(cpu_s=60.0, file_bytes=256 << 20, memory_bytes=2 << 30, open_files=256)
 _HONEST_PROGRAM = "import decimal, json\nprint(decimal.Decimal(input()))"

@@ -15,6 +15,8 @@ def outputs_match(expected: str, output: str, *, judge: Judge = "code_contests")
 
     "exact" wants equal texts, but for blanks at the ends of lines and empty lines at the end.
 
+    "any" accepts everything.
+
     "tokens" wants equal tokens between blanks, however they are separated; `Tokens` takes tolerances too.
     """
     return _core.outputs_match(expected, output, judge)

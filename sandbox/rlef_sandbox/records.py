@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from math import isfinite
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from rlef_sandbox.values import text_of
@@ -84,6 +85,81 @@ class Call:
         return text_of(self.expected)
 
 
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A program that is not Python source but, say, a compiled one: what to execute, and what lies beside it.
+
+    `arguments` begin with the executable: an absolute path, or "./name" for one of `files`. Its working
+    folder holds `files` and nothing else. It may change that folder if `Limits.file_bytes` says so; the files
+    named in `outputs` are then in `Result.files`. It finds the machine's programs and libraries (/usr, /bin,
+    /lib and what `Executor(readable=...)` adds) and /dev/null, zero, random and urandom, but no /proc.
+
+    It may start threads, and with `may_fork` processes, as compilers do; `Limits.processes` counts both.
+    `stack_bytes` is its main thread's stack, and by default that of every thread of a C program.
+
+    Raises ValueError for a name that leaves the folder and for anything that no program can be given.
+    """
+
+    arguments: Sequence[str]
+    _: KW_ONLY
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)  # besides PATH, HOME, TMPDIR and LANG
+    outputs: Sequence[str] = ()
+    may_fork: bool = False
+    stack_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        if isinstance(self.arguments, str) or not self.arguments:
+            raise ValueError(f"arguments is {self.arguments!r}: give a list that begins with the executable")
+        if "/" not in self.arguments[0]:
+            raise ValueError(
+                f"arguments[0] is {self.arguments[0]!r}: give an absolute path, or './name' for one of files"
+            )
+        for name in [*self.files, *self.outputs]:
+            if {"", ".", ".."} & set(name.split("/")):
+                raise ValueError(
+                    f"the file {name!r} is not below the working folder: give a name like 'a.cpp'"
+                )
+        for name in self.files:
+            for folder in map(str, PurePosixPath(name).parents):
+                if folder in self.files:
+                    raise ValueError(
+                        f"the file {folder!r} is the folder of {name!r}, too: rename one of them"
+                    )
+        for field_name, texts in (
+            ("arguments", self.arguments),
+            ("files", self.files),
+            ("outputs", self.outputs),
+            ("environment", [*self.environment, *self.environment.values()]),
+        ):
+            for text in texts:
+                if "\0" in text:
+                    raise ValueError(f"{field_name} holds {text!r}: no program can be given a NUL")
+        for name in self.environment:
+            if not name or "=" in name:
+                raise ValueError(f"environment names {name!r}: give a name without '='")
+        if not _is_whole(self.stack_bytes, 1 << 16):
+            raise ValueError(
+                f"stack_bytes is {self.stack_bytes!r}: give a whole number of at least {1 << 16}"
+            )
+
+    @property
+    def environment_lines(self) -> list[str]:
+        executable = Path(self.arguments[0])
+        # The loader cannot ask /proc where the libraries lie that an executable has beside it.
+        origin = {"LD_ORIGIN_PATH": str(executable.resolve().parent)} if executable.is_absolute() else {}
+        lines = _COMMAND_ENVIRONMENT | origin | dict(self.environment)
+        return [f"{name}={value}" for name, value in lines.items()]
+
+
+_COMMAND_ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/box",
+    "TMPDIR": "/box",
+    "LANG": "C.UTF-8",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one test of one program may use. Raises ValueError for a value out of range."""
@@ -91,10 +167,11 @@ class Limits:
     cpu_s: float = 10.0  # the verdict `timeout` rests on this clock, so it does not depend on the load
     wall_s: float | None = None  # guards against idling; None: three times `cpu_s`, plus two seconds
     memory_bytes: int = 1_000_000_000  # on top of what the bare interpreter holds
-    processes: int = 64  # the program's threads, the first included; it can start no other process
+    processes: int = 64  # the program's threads, the first included (a `Command` may have processes, too)
     output_bytes: int = 16 * 1024 * 1024  # of standard output, and as many of standard error
     kept_output_bytes: int = 64 * 1024  # how much of each a Result keeps
     open_files: int = 64
+    file_bytes: int = 0  # what a `Command` may write in its working folder; 0: the folder is read-only
 
     def __post_init__(self) -> None:
         for name in ("cpu_s", "wall_s"):
@@ -103,7 +180,7 @@ class Limits:
                 raise ValueError(f"{name} is {seconds!r}: give a number of seconds in (0, 86400]")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**62:
+            if not _is_whole(value, least):
                 raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}")
 
     @property
@@ -117,7 +194,12 @@ _LEAST = {
     "output_bytes": 1,
     "kept_output_bytes": 0,
     "open_files": 16,
+    "file_bytes": 0,
 }
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**62
 
 
 def _is_number(value: object) -> bool:
@@ -126,31 +208,35 @@ def _is_number(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checker:
-    """A judge of your own: Python that defines `check(input, expected_output, output)`, which returns a bool.
+    """A judge of your own: Python that defines `check(input, expected_output, output)`, which returns a bool,
+    or a command.
+
+    A command gets three more arguments, as programs made with testlib expect: the names of files with the
+    input, the output and the expected output. It accepts with exit status 0 and rejects with 1, 2, 4 or 8.
 
     It runs in the sandbox too, once for each test of a program that ended well, and only when all tests have
-    run. A checker that raises, exceeds `limits` or returns anything else is a SandboxFault: the program that
+    run. A checker that raises, exceeds `limits` or answers anything else is a SandboxFault: the program that
     it judges is not to blame.
     """
 
-    program: str
+    program: str | Command
     limits: Limits = Limits()
 
 
-Judge = Literal["code_contests", "exact", "tokens"] | Tokens | Checker
-"""How outputs are compared: see `outputs_match`. "tokens" is `Tokens()`."""
+Judge = Literal["code_contests", "exact", "tokens", "any"] | Tokens | Checker
+"""How outputs are compared: see `outputs_match`. "tokens" is `Tokens()`; "any" accepts all outputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One program and the tests to run it on.
+    """One program (Python source, or a `Command`) and the tests to run it on.
 
     With a `function`, the program is loaded as a module and that function is called, or that method of a new
     `Solution()`; tests are then `Call`s. What it prints goes to standard error; what it returns is the
     output, as JSON. Raises ValueError for a name that is none.
     """
 
-    program: str
+    program: str | Command
     tests: Sequence[Test] | Sequence[Call]
     _: KW_ONLY
     limits: Limits | None = None  # None: the executor's
@@ -163,6 +249,8 @@ class Job:
             raise ValueError(f"function is {self.function!r}: give the name of one, as in 'solve'")
         if not self.function and any(isinstance(test, Call) for test in self.tests):
             raise ValueError("tests are calls: name the function that they call, as in function='solve'")
+        if isinstance(self.program, Command) and self.function:
+            raise ValueError(f"function is {self.function!r}: a command has none that could be called")
         if self.judge is None:
             object.__setattr__(self, "judge", "tokens" if self.function else "code_contests")
 
@@ -182,3 +270,4 @@ class Result:
     wall_s: float
     peak_memory_bytes: int  # resident, the bare interpreter's share included
     stopped_by: StoppedBy | None = None  # what ended it, when it did not end of itself
+    files: Mapping[str, bytes] = field(default_factory=dict)  # those of `Command.outputs` that are there

@@ -10,20 +10,42 @@ from pathlib import Path
 from rlef_sandbox import _core
 from rlef_sandbox.layers import mask_of
 
+COMMAND_WORKER = Path(_core.__file__).with_name("command_worker")
 _FLAGS = ("-S", "-s", "-B", "-X", "utf8")  # no site-packages, no user folder, no bytecode written
 _ENVIRONMENT = ("PYTHONHASHSEED=0", "LD_BIND_NOW=1")
 
 
-def start_workers(count: int, *, allow_missing: Collection[str]) -> _core.Supervisor:
-    """Start `count` workers and wait until each is isolated.
+# What commands find of the machine, where it exists: programs, libraries, and how to choose among them.
+_MACHINE = (
+    "/usr",
+    "/bin",
+    "/sbin",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/etc/alternatives",
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/localtime",
+)
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+
+def start_workers(
+    count: int, *, allow_missing: Collection[str], readable: Collection[str] = ()
+) -> _core.Supervisor:
+    """Start `count` workers and wait until each is isolated. Commands may read the paths `readable`, too.
 
     Raises ValueError for a name that is no layer, SandboxFault when a layer is missing that `allow_missing`
     does not name, or when no worker can be started.
     """
     interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     script = Path(__file__).with_name("worker.py")
+    seen = [path for path in _MACHINE if Path(path).exists()] + [_checked(path) for path in readable]
     supervisor = _core.Supervisor(
-        arguments=[interpreter, *_FLAGS, str(script), _core.__file__, str(os.getpid())],
+        for_python=[interpreter, *_FLAGS, str(script), _core.__file__, str(os.getpid())],
+        for_commands=[str(COMMAND_WORKER), str(os.getpid()), ":".join(_DEVICES), *_outermost(seen)],
         environment=list(_ENVIRONMENT),
         workers=count,
         allowed_missing=mask_of(allow_missing),
@@ -34,3 +56,15 @@ def start_workers(count: int, *, allow_missing: Collection[str]) -> _core.Superv
         supervisor.close()
         raise
     return supervisor
+
+
+def _checked(path: str) -> str:
+    if Path(path).is_absolute() and Path(path).exists() and os.path.normpath(path) != os.sep:
+        return os.path.normpath(path)
+    raise ValueError(f"readable names {path!r}: give absolute paths that exist, and not the root")
+
+
+def _outermost(paths: Collection[str]) -> list[str]:
+    """Without those that lie below another one."""
+    roots = [path + os.sep for path in paths]
+    return [path for path in dict.fromkeys(paths) if not any(path.startswith(root) for root in roots)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import rlef_sandbox
 from rlef_sandbox import Layer, _core
+from rlef_sandbox.workers import COMMAND_WORKER
 
 _FILTER = """
 import ctypes, struct
@@ -73,7 +74,8 @@ def as_user(user: str, program: str, folder: Path, *, mode: int = 0o755) -> str:
         return python(program)
     package = folder / "packages" / "rlef_sandbox"
     shutil.copytree(Path(rlef_sandbox.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(_core.__file__, package)
+    for compiled in (_core.__file__, COMMAND_WORKER):
+        shutil.copy(compiled, package)
     place = folder / "home" / "python"
     place.mkdir(parents=True)
     place.parent.chmod(mode)

@@ -235,7 +235,7 @@ def test_unknown_layer_is_named():
 
 def test_unknown_judge_is_named(executor: Executor):
     with pytest.raises(
-        ValueError, match=r"judge is 'fuzzy': give 'code_contests', 'exact', 'tokens', Tokens"
+        ValueError, match=r"judge is 'fuzzy': give 'code_contests', 'exact', 'tokens', 'any', Tokens"
     ):
         executor.run(ECHO, [Test("", "")], judge="fuzzy")  # type: ignore[arg-type]
 

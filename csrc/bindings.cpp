@@ -145,7 +145,7 @@ rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
 
 /// The arguments of rlef_sandbox.Result, in its order.
 py::tuple outcome_tuple(const rlef::Outcome& outcome) {
-    py::dict files;
+    const py::dict files;
     for (const auto& [name, content] : outcome.files) files[py::str(name)] = py::bytes(content);
     return py::make_tuple(kVerdictNames[static_cast<std::size_t>(outcome.verdict)], outcome.exit_code,
                           outcome.signal, decoded(outcome.out), decoded(outcome.err), outcome.out_truncated,
@@ -310,11 +310,17 @@ PYBIND11_MODULE(_core, module) {
         },
         py::arg("architecture"));
     module.def(
-        "test_policy",
-        [](int own_pid, const std::string& architecture) {
-            return policy_tuple(rlef::test_policy(own_pid, architecture_of(architecture)));
+        "command_policy",
+        [](bool may_fork, bool may_write, const std::string& architecture) {
+            return policy_tuple(rlef::command_policy({may_fork, may_write}, architecture_of(architecture)));
         },
-        py::arg("own_pid"), py::arg("architecture"));
+        py::arg("may_fork"), py::arg("may_write"), py::arg("architecture"));
+    module.def(
+        "test_policy",
+        [](int own_pid, const std::string& architecture, bool may_fork) {
+            return policy_tuple(rlef::test_policy(own_pid, architecture_of(architecture), may_fork));
+        },
+        py::arg("own_pid"), py::arg("architecture"), py::arg("may_fork"));
     module.def("compile_policy", compile_policy, py::arg("policy"));
 
     py::class_<Batch>(module, "Batch")

@@ -3,10 +3,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -47,8 +45,9 @@ struct Worker {
 /// A file, mapped: what is mapped shared does not count as memory of the processes forked later.
 class Mapping {
   public:
-    explicit Mapping(int file) : size_(static_cast<std::size_t>(::lseek(file, 0, SEEK_END))) {
-        pages_ = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, file, 0);
+    explicit Mapping(int file)
+        : size_(static_cast<std::size_t>(::lseek(file, 0, SEEK_END))),
+          pages_(::mmap(nullptr, size_, PROT_READ, MAP_SHARED, file, 0)) {
         must(pages_ != MAP_FAILED, "map a command");
     }
     ~Mapping() { ::munmap(pages_, size_); }
@@ -122,7 +121,7 @@ class CommandJob {
         return {};
     }
 
-    /// Runs the command on one test. The report is of kind Finished, or CannotExecute with `errno` set.
+    /// Runs the command on one test. The report is of kind Finished, or CannotExecute.
     Report run(const Message<Request>& test) {
         prepare_folder(test.fds);
         auto& beginning = *worker_.beginning;
@@ -141,8 +140,9 @@ class CommandJob {
         report.kind = beginning.execute_error ? Report::Kind::CannotExecute : Report::Kind::Finished;
         report.wall_ns = read_clock(CLOCK_MONOTONIC) - beginning.time_ns;
         report.cpu_ns = cpu_time_of_children() - cpu_before - beginning.cpu_ns;
-        errno = beginning.execute_error;
-        if (folder_ && !command_.outputs.empty()) hand_over_outputs(test.fds.at(kOutputsAt).get());
+        if (folder_ && !command_.outputs.empty()) {
+            hand_over(folder_->read(command_.outputs), test.fds.at(kOutputsAt).get());
+        }
         return report;
     }
 
@@ -171,12 +171,7 @@ class CommandJob {
         UniqueFd memory(::memfd_create("command", MFD_CLOEXEC | kExecutable));
         if (!memory) memory = UniqueFd(::memfd_create("command", MFD_CLOEXEC));
         must(static_cast<bool>(memory), "memfd_create");
-        for (auto rest = file.content; !rest.empty();) {
-            const ssize_t size = ::write(memory.get(), rest.data(), rest.size());
-            must(size > 0 || errno == EINTR, "write an executable");
-            if (size > 0) rest.remove_prefix(static_cast<std::size_t>(size));
-        }
-        must(::fchmod(memory.get(), 0755) == 0, "fchmod");
+        write_whole(memory.get(), file.content, "write an executable");
         return memory;
     }
 
@@ -247,13 +242,8 @@ class CommandJob {
         report.peak_memory_bytes = static_cast<std::int64_t>(most_memory) * 1024;
     }
 
-    void hand_over_outputs(int file) const {
-        const auto bytes = encode(folder_->read(command_.outputs));
-        for (std::string_view rest = bytes; !rest.empty();) {
-            const ssize_t size = ::write(file, rest.data(), rest.size());
-            must(size > 0 || errno == EINTR, "write the outputs");
-            if (size > 0) rest.remove_prefix(static_cast<std::size_t>(size));
-        }
+    static void hand_over(const std::vector<File>& files, int file) {
+        write_whole(file, encode(files), "write the outputs");
     }
 
     const Worker& worker_;
@@ -277,7 +267,7 @@ void run_tests(const Worker& worker, const Message<Request>& program) {
         if (!refusal.empty()) return tell(worker, Report::Kind::CannotExecute, refusal);
         const auto report = job.run(*request);
         if (report.kind == Report::Kind::CannotExecute) {
-            const std::string why = ::strerror(errno);
+            const auto why = std::system_category().message(worker.beginning->execute_error);
             return tell(worker, report.kind, "cannot execute " + job.executable() + ": " + why);
         }
         if (!send_message(worker.socket, report, {}, {})) return;

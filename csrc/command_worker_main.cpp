@@ -1,10 +1,11 @@
 // The executable that runs commands. Arguments: the supervisor's process id, the devices, separated by
 // colons, and the paths that commands may read. Its socket is descriptor 3.
 
-#include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <sstream>
+#include <string>
+#include <vector>
 
 #include "command_worker.hpp"
 
@@ -27,8 +28,8 @@ int main(int count, char** arguments) {
         return 2;
     }
     try {
-        rlef::FileView view{{arguments + 3, arguments + count}, {}, split(arguments[2]), true};
-        rlef::serve_commands(kSocket, std::atoi(arguments[1]), view);
+        const rlef::FileView view{{arguments + 3, arguments + count}, {}, split(arguments[2]), true};
+        rlef::serve_commands(kSocket, std::stoi(arguments[1]), view);
     } catch (const std::exception& error) {
         std::cerr << error.what() << "\n";
         return 1;

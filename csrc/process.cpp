@@ -114,6 +114,14 @@ std::string read_whole(int file) {
     return text;
 }
 
+void write_whole(int file, std::string_view bytes, const std::string& step) {
+    while (!bytes.empty()) {
+        const ssize_t size = ::write(file, bytes.data(), bytes.size());
+        must(size > 0 || errno == EINTR, step.c_str());
+        if (size > 0) bytes.remove_prefix(static_cast<std::size_t>(size));
+    }
+}
+
 std::int64_t statm_field(int index) {
     std::ifstream file("/proc/self/statm");
     std::int64_t pages = 0;

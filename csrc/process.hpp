@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <new>
 #include <string>
+#include <string_view>
 
 #include "limits.hpp"
 #include "message.hpp"
@@ -55,6 +56,9 @@ Report::Stopped watch(int socket, pid_t test, const Limits& limits, const Beginn
 
 /// The whole content of a file, wherever its offset is.
 std::string read_whole(int file);
+
+/// Writes all of it at the file's offset. `step` names it in an error.
+void write_whole(int file, std::string_view bytes, const std::string& step);
 
 /// A field of /proc/self/statm, in bytes.
 std::int64_t statm_field(int index);

@@ -62,11 +62,7 @@ void write_file(int folder, const GivenFile& given) {
     const UniqueFd file(
         ::openat(folder, given.name.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0755));
     must(static_cast<bool>(file), "make the file " + given.name);
-    for (auto rest = given.content; !rest.empty();) {
-        const ssize_t size = ::write(file.get(), rest.data(), rest.size());
-        must(size > 0 || errno == EINTR, "write the file " + given.name);
-        if (size > 0) rest.remove_prefix(static_cast<std::size_t>(size));
-    }
+    write_whole(file.get(), given.content, "write the file " + given.name);
 }
 
 void put(const std::vector<GivenFile>& files, uid_t owner) {

@@ -19,6 +19,11 @@ void print(const rlef::Policy& policy) {
 int main() {
     for (const auto architecture : {rlef::Architecture::X86_64, rlef::Architecture::Aarch64}) {
         print(rlef::worker_policy(architecture));
-        print(rlef::test_policy(kAnyPid, architecture));
+        for (const bool may_fork : {false, true}) {
+            print(rlef::test_policy(kAnyPid, architecture, may_fork));
+            for (const bool may_write : {false, true}) {
+                print(rlef::command_policy({may_fork, may_write}, architecture));
+            }
+        }
     }
 }

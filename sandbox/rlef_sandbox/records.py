@@ -115,29 +115,19 @@ class Command:
             raise ValueError(
                 f"arguments[0] is {self.arguments[0]!r}: give an absolute path, or './name' for one of files"
             )
-        for name in [*self.files, *self.outputs]:
-            if {"", ".", ".."} & set(name.split("/")):
-                raise ValueError(
-                    f"the file {name!r} is not below the working folder: give a name like 'a.cpp'"
-                )
-        for name in self.files:
-            for folder in map(str, PurePosixPath(name).parents):
-                if folder in self.files:
-                    raise ValueError(
-                        f"the file {folder!r} is the folder of {name!r}, too: rename one of them"
-                    )
-        for field_name, texts in (
-            ("arguments", self.arguments),
-            ("files", self.files),
-            ("outputs", self.outputs),
-            ("environment", [*self.environment, *self.environment.values()]),
-        ):
-            for text in texts:
-                if "\0" in text:
-                    raise ValueError(f"{field_name} holds {text!r}: no program can be given a NUL")
+        _check_names([*self.files, *self.outputs])
         for name in self.environment:
             if not name or "=" in name:
                 raise ValueError(f"environment names {name!r}: give a name without '='")
+        for text in [
+            *self.arguments,
+            *self.files,
+            *self.outputs,
+            *self.environment,
+            *self.environment.values(),
+        ]:
+            if "\0" in text:
+                raise ValueError(f"a command holds {text!r}: no program can be given a NUL")
         if not _is_whole(self.stack_bytes, 1 << 16):
             raise ValueError(
                 f"stack_bytes is {self.stack_bytes!r}: give a whole number of at least {1 << 16}"
@@ -150,6 +140,16 @@ class Command:
         origin = {"LD_ORIGIN_PATH": str(executable.resolve().parent)} if executable.is_absolute() else {}
         lines = _COMMAND_ENVIRONMENT | origin | dict(self.environment)
         return [f"{name}={value}" for name, value in lines.items()]
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Of files in a working folder."""
+    for name in names:
+        if {"", ".", ".."} & set(name.split("/")):
+            raise ValueError(f"the file {name!r} is not below the working folder: give a name like 'a.cpp'")
+        for folder in map(str, PurePosixPath(name).parents):
+            if folder in names:
+                raise ValueError(f"the file {folder!r} is the folder of {name!r}, too: rename one of them")
 
 
 _COMMAND_ENVIRONMENT = {

@@ -357,7 +357,7 @@ def test_a_python_checker_judges_commands(executor, add):
 
 
 def test_a_checker_that_says_that_it_failed_is_a_fault_of_ours(executor, checker):
-    with pytest.raises(SandboxFault, match="the checker failed on test 0: its exit status is 3"):
+    with pytest.raises(SandboxFault, match=r"the checker failed on test 0: its exit status is 3"):
         executor.run("print(1, 2)", [Test("-3\n", "")], judge=checker)
 
 
@@ -367,7 +367,7 @@ def test_a_checker_that_says_that_it_failed_is_a_fault_of_ours(executor, checker
 def test_a_command_that_cannot_be_executed_is_nobodys_verdict(executor):
     with pytest.raises(SandboxFault, match="cannot execute /usr/bin/nowhere: No such file or directory"):
         run(executor, Command(["/usr/bin/nowhere"]))
-    with pytest.raises(SandboxFault, match="cannot execute ./text: Exec format error"):
+    with pytest.raises(SandboxFault, match=r"cannot execute \./text: Exec format error"):
         run(executor, Command(["./text"], files={"text": "no machine code"}))
     assert run(executor, Command(["/bin/echo", "well"]), "", "well").verdict is Verdict.PASSED
 
@@ -381,7 +381,7 @@ def test_a_command_that_cannot_be_executed_is_nobodys_verdict(executor):
             {"arguments": ["ls"]},
             r"arguments\[0\] is 'ls': give an absolute path, or './name' for one of files",
         ),
-        ({"arguments": ["/bin/ls", "a\0"]}, "arguments holds 'a.x00': no program can be given a NUL"),
+        ({"arguments": ["/bin/ls", "a\0"]}, "a command holds 'a.x00': no program can be given a NUL"),
         ({"files": {"../x": ""}}, r"the file '\.\./x' is not below the working folder"),
         ({"files": {"/etc/x": ""}}, "the file '/etc/x' is not below the working folder"),
         ({"files": {"": ""}}, "the file '' is not below the working folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -29,10 +30,12 @@ NUMBERS = {
     "x86_64": {
         "read": 0, "socket": 41, "clone": 56, "execve": 59, "kill": 62, "ptrace": 101, "sendto": 44, "prctl": 157,
         "tgkill": 234, "openat": 257, "prlimit64": 302, "clone3": 435, "open": 2, "fork": 57, "mmap": 9, "recvfrom": 45,
+        "unlinkat": 263, "mknodat": 259, "setsid": 112, "setpgid": 109, "io_uring_setup": 425, "mount": 165,
     },
     "aarch64": {
         "read": 63, "socket": 198, "clone": 220, "execve": 221, "kill": 129, "ptrace": 117, "sendto": 206,
         "prctl": 167, "tgkill": 131, "openat": 56, "prlimit64": 261, "clone3": 435, "mmap": 222, "recvfrom": 207,
+        "unlinkat": 35, "mknodat": 33, "setsid": 157, "setpgid": 154, "io_uring_setup": 425, "mount": 40,
     },
 }  # fmt: skip
 
@@ -126,9 +129,18 @@ def read(policy) -> Policy:
 
 
 WORKER = {machine: read(_core.worker_policy(machine)) for machine in ARCHITECTURES}
-TEST = {machine: read(_core.test_policy(OWN_PID, machine)) for machine in ARCHITECTURES}
+TEST = {machine: read(_core.test_policy(OWN_PID, machine, may_fork=False)) for machine in ARCHITECTURES}
+FORKING_TEST = {
+    machine: read(_core.test_policy(OWN_PID, machine, may_fork=True)) for machine in ARCHITECTURES
+}
+COMMAND = {
+    rights: {machine: read(_core.command_policy("fork" in rights, "write" in rights, machine)) for machine in ARCHITECTURES}
+    for rights in ("command", "command-fork", "command-write", "command-fork-write")
+}  # fmt: skip
 OURS = {
-    f"{kind}-{machine}": of[machine] for kind, of in (("worker", WORKER), ("test", TEST)) for machine in of
+    f"{kind}-{machine}": of[machine]
+    for kind, of in {"worker": WORKER, "test": TEST, "forking-test": FORKING_TEST, **COMMAND}.items()
+    for machine in of
 }
 COMPILED = {name: policy.compiled() for name, policy in OURS.items()}
 each_policy = pytest.mark.parametrize("name", OURS)
@@ -250,7 +262,7 @@ def test_an_architecture_without_a_policy_is_refused():
 
 @each_policy
 def test_search_is_short_and_the_kernel_would_take_it(name):
-    assert len(COMPILED[name]) < (500 if name.startswith("worker") else 100)
+    assert len(COMPILED[name]) < (100 if "test" in name else 500)
     assert_the_kernel_would_take(COMPILED[name])
 
 
@@ -296,7 +308,8 @@ def test_numbers_are_those_of_this_machines_kernel():
 
 def test_numbers_of_aarch64_are_those_of_the_generic_table():
     kernels = numbers_of_header("asm-generic/unistd.h", "__ARCH_WANT_NEW_STAT", "__ARCH_WANT_SET_GET_RLIMIT",
-                                "__ARCH_WANT_SYS_CLONE3", "__BITS_PER_LONG=64")  # fmt: skip
+                                "__ARCH_WANT_SYS_CLONE3", "__ARCH_WANT_RENAMEAT",
+                                "__BITS_PER_LONG=64")  # fmt: skip
 
     assert len(kernels) > 250
     assert not list(disagreements(numbers_of_our_own()["aarch64"], kernels))
@@ -311,11 +324,11 @@ def test_young_calls_have_one_number_everywhere():
 
 
 @each_architecture
-def test_every_call_that_has_a_number_is_in_the_worker_policy(machine):
+def test_every_call_that_has_a_number_is_in_a_policy(machine):
     named = {number for number in numbers_of_our_own()[machine].values() if number is not None}
-    in_tests_alone = {NUMBERS[machine]["fork"], 58} if machine == "x86_64" else set()
+    policies = WORKER, COMMAND["command-fork-write"]
 
-    assert {rule.number for rule in WORKER[machine].rules} == named - in_tests_alone
+    assert {rule.number for policy in policies for rule in policy[machine].rules} == named
 
 
 # ---- what the policies say
@@ -327,6 +340,10 @@ def worker(machine: str, name: str, *arguments: int) -> int:
 
 def in_a_test(machine: str, name: str, *arguments: int) -> int:
     return evaluate(COMPILED[f"test-{machine}"], NUMBERS[machine][name], arguments, audit=AUDIT[machine])
+
+
+def in_a_command(machine: str, rights: str, name: str, *arguments: int) -> int:
+    return evaluate(COMPILED[f"{rights}-{machine}"], NUMBERS[machine][name], arguments, audit=AUDIT[machine])
 
 
 @pytest.mark.parametrize("other", [*AUDIT, None])
@@ -446,3 +463,65 @@ def test_a_tests_filter_refuses_and_never_grants(machine, number):
     answer = evaluate(COMPILED[f"test-{machine}"], number, audit=AUDIT[machine])
 
     assert answer in {ALLOW, REFUSE | EPERM, REFUSE | EAGAIN}
+
+
+# ---- commands
+
+
+@each_architecture
+@given(number=st.integers(0, 600), arguments=st.tuples(*[st.integers(0, 2**64 - 1)] * 6))
+def test_a_command_without_rights_may_little_that_a_python_program_may_not(machine, number, arguments):
+    """It is executed, has threads of its own make, and is told kindly what there is not."""
+    names = {value: name for name, value in numbers_of_machine(machine).items() if value is not None}
+    python, command = (
+        evaluate(COMPILED[f"{kind}-{machine}"], number, arguments, audit=AUDIT[machine])
+        for kind in ("worker", "command")
+    )
+
+    if names.get(number) not in {"execve", "execveat", "arch_prctl", "mincore", "socket"} | KINDLY_REFUSED:
+        assert command == python
+    elif names[number] in KINDLY_REFUSED | {"socket"}:
+        assert command & 0xFFFF0000 == REFUSE
+
+
+KINDLY_REFUSED = {"io_setup", "io_uring_enter", "io_uring_register", "io_uring_setup"} | {
+    prefix + name for prefix in ("", "l", "f") for name in ("getxattr", "listxattr")
+} | {"llistxattr"}  # fmt: skip
+
+
+@functools.cache
+def numbers_of_machine(machine: str) -> dict[str, int | None]:
+    return numbers_of_our_own()[machine]
+
+
+@each_architecture
+@pytest.mark.parametrize("rights", COMMAND)
+def test_no_right_opens_what_is_dangerous_or_leaves_the_process_group(machine, rights):
+    for name in ("mknodat", "setsid", "setpgid"):
+        assert in_a_command(machine, rights, name) == REFUSE | EPERM
+    assert in_a_command(machine, rights, "mount") == KILL
+    assert in_a_command(machine, rights, "ptrace") == KILL
+    assert in_a_command(machine, rights, "clone", 0x10000000) == KILL  # a user namespace
+    assert in_a_command(machine, rights, "io_uring_setup") == REFUSE | ENOSYS
+
+
+@each_architecture
+@pytest.mark.parametrize("rights", COMMAND)
+def test_files_are_changed_by_those_only_who_may_write(machine, rights):
+    may_write = "write" in rights
+
+    assert in_a_command(machine, rights, "openat", 0, 0, 1) == (ALLOW if may_write else REFUSE | EROFS)
+    assert in_a_command(machine, rights, "unlinkat") == (ALLOW if may_write else REFUSE | EPERM)
+
+
+@each_architecture
+def test_processes_are_forked_by_those_only_who_may(machine):
+    forking = COMPILED[f"forking-test-{machine}"]
+    number = NUMBERS[machine]["clone"]
+
+    assert in_a_test(machine, "clone", 17) == REFUSE | EAGAIN
+    assert evaluate(forking, number, (17,), audit=AUDIT[machine]) == ALLOW
+    assert in_a_command(machine, "command-fork", "clone", 17) == ALLOW
+    if machine == "x86_64":
+        assert in_a_command(machine, "command", "fork") == REFUSE | EPERM
+        assert in_a_command(machine, "command-fork", "fork") == ALLOW

@@ -42,7 +42,7 @@ def test_wheel_is_typed_licensed_and_depends_on_nothing(wheel):
         [metadata] = [archive.read(name) for name in names if name.endswith("/METADATA")]
         [licence] = [archive.read(name) for name in names if name.endswith("/licenses/LICENSE")]
 
-    assert {"rlef_sandbox/py.typed", "rlef_sandbox/_core.pyi"} <= set(names)
+    assert {"rlef_sandbox/py.typed", "rlef_sandbox/_core.pyi", "rlef_sandbox/command_worker"} <= set(names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"rlef_sandbox"}
     assert not [name for name in names if "__pycache__" in name]
     headers = email.message_from_bytes(metadata)
@@ -54,10 +54,18 @@ def test_readmes_example_runs_from_the_wheel_in_an_environment_with_nothing_else
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv/bin/python"
     run(sys.executable, "-m", "pip", "--python", python, "install", *OFFLINE, wheel, cwd=tmp_path)
-    [example] = re.findall(r"```python\n(.*?)```", (SANDBOX / "README.md").read_text(), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", (SANDBOX / "README.md").read_text(), re.DOTALL)
     show_packages = "\nimport importlib.metadata as m; print(sorted({d.name for d in m.distributions()}))"
 
-    said = run(python, "-I", "-c", example + show_packages, cwd=tmp_path)
+    command = (
+        "\nassert executor.run(Command(['/bin/echo', '1']), [Test('', '1')])[0].verdict.value == 'passed'"
+    )
+    in_executor = (
+        "\nfrom rlef_sandbox import Command\nwith Executor(workers=1) as executor:"
+        + command.replace("\n", "\n    ")
+    )
+
+    said = run(python, "-I", "-c", example + in_executor + show_packages, cwd=tmp_path)
 
     promised = [line.removeprefix("# ") for line in example.splitlines() if line.startswith("# ")]
     assert said.splitlines() == [*promised, "['rlef-sandbox']"]

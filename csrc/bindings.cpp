@@ -40,6 +40,11 @@ std::string utf8(const py::handle& text) {
     return {PyBytes_AS_STRING(encoded.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr()))};
 }
 
+/// Of bytes, or of text as UTF-8.
+std::string bytes_of(const py::handle& input) {
+    return py::isinstance<py::bytes>(input) ? input.cast<std::string>() : utf8(input);
+}
+
 py::object decoded(const std::string& bytes) {
     auto* text = PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace");
     if (!text) throw py::error_already_set();
@@ -91,7 +96,7 @@ rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
                      has_checker ? utf8(judge.attr("program")) : std::string{},
                      has_checker ? limits_of(judge.attr("limits")) : limits};
     for (const auto& test : job.attr("tests")) {
-        result.tests.push_back({utf8(test.attr("input")), utf8(test.attr("expected_output"))});
+        result.tests.push_back({bytes_of(test.attr("input")), utf8(test.attr("expected_output"))});
     }
     return result;
 }

@@ -68,7 +68,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     source = sys.stdin.read() if str(arguments.program) == "-" else _text(arguments.program)
     given = {name: getattr(arguments, name) for name in _LIMITS if getattr(arguments, name) is not None}
-    stdin = _text(arguments.input) if arguments.input else ""
+    stdin = arguments.input.read_bytes() if arguments.input else b""
     expected = _text(arguments.expected) if arguments.expected else None
     judge: Judge = arguments.judge
     limits = Limits(**given)

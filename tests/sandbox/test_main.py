@@ -46,6 +46,16 @@ def test_run_compares_with_an_expected_output(files: Path, expected, status, ver
     assert done.stderr.startswith(verdict)
 
 
+def test_run_gives_the_program_the_bytes_of_its_input_file(tmp_path: Path):
+    (tmp_path / "input").write_bytes(b"\xff\r\n")
+
+    done = call(
+        "run", "-", "--input", tmp_path / "input", stdin="import sys; print(sys.stdin.buffer.read().hex())"
+    )
+
+    assert (done.returncode, done.stdout) == (0, "ff0d0a\n")
+
+
 def test_run_reads_a_program_from_standard_input():
     done = call("run", "-", stdin="1 / 0")
 

@@ -140,6 +140,7 @@ def _warm_up() -> None:
         importlib.import_module(name)
     site.setquit()  # exit() and quit(), which -S leaves out
     sys.argv[:] = [SOURCE_NAME]
+    sys.orig_argv[:] = [sys.executable, SOURCE_NAME]  # as for a script; it named the files of the sandbox
     for _ in range(WARM_ROUNDS):
         _rehearse()
     _new_main_module()

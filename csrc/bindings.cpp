@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 #include "filter.hpp"
@@ -55,6 +56,16 @@ py::object decoded(const std::string& bytes) {
     const auto fault = py::module_::import("rlef_sandbox.records").attr("SandboxFault");
     PyErr_SetString(fault.ptr(), what.c_str());
     throw py::error_already_set();
+}
+
+/// What the machine refuses here is a fault as it is in the supervisor's thread.
+template <typename Call>
+auto or_fault(Call call) {
+    try {
+        return call();
+    } catch (const std::system_error& error) {
+        throw_fault(error.what());
+    }
 }
 
 /// From a name, or from a rlef_sandbox.Tokens.
@@ -156,7 +167,9 @@ class Batch {
     }
 
     bool is_over() { return supervisor_.is_over(*batch_); }
-    int fileno() { return supervisor_.notifier(*batch_); }
+    int fileno() {
+        return or_fault([&] { return supervisor_.notifier(*batch_); });
+    }
     void cancel() { supervisor_.cancel(batch_); }
 
   private:
@@ -283,9 +296,10 @@ PYBIND11_MODULE(_core, module) {
     py::class_<rlef::Supervisor>(module, "Supervisor")
         .def(py::init([](std::vector<std::string> arguments, std::vector<std::string> environment,
                          unsigned workers, std::uint32_t allowed_missing) {
-                 return std::make_unique<rlef::Supervisor>(
-                     rlef::WorkerCommand{std::move(arguments), std::move(environment)}, workers,
-                     allowed_missing);
+                 rlef::WorkerCommand command{std::move(arguments), std::move(environment)};
+                 return or_fault([&] {
+                     return std::make_unique<rlef::Supervisor>(std::move(command), workers, allowed_missing);
+                 });
              }),
              py::arg("arguments"), py::arg("environment"), py::arg("workers"), py::arg("allowed_missing"))
         .def("wait_until_ready",

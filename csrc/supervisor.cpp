@@ -275,10 +275,12 @@ Supervisor::~Supervisor() {
 
 bool Supervisor::wait_until_ready(std::chrono::milliseconds patience) {
     Lock lock(mutex_);
-    return changed_.wait_for(lock, patience, [this] {
-        return !fault_.empty() || std::all_of(slots_.begin(), slots_.end(), [](const auto& slot) {
-            return slot->state == WorkerSlot::State::Idle || slot->state == WorkerSlot::State::Busy;
-        });
+    return changed_.wait_for(lock, patience, [this] { return !fault_.empty() || all_ready(); });
+}
+
+bool Supervisor::all_ready() const {
+    return std::all_of(slots_.begin(), slots_.end(), [](const auto& slot) {
+        return slot->state == WorkerSlot::State::Idle || slot->state == WorkerSlot::State::Busy;
     });
 }
 
@@ -570,7 +572,7 @@ void Supervisor::handle(WorkerSlot& slot, const Message<Report>& report) {
             return handle_end_of_program(slot, outcome);
         }
         case Report::Kind::CannotIsolate:
-            if (slot.state == WorkerSlot::State::Starting) {
+            if (slot.state == WorkerSlot::State::Starting && !ever_ready_) {
                 return fail_everything("a worker could not isolate itself: " + report.text);
             }
             return handle_death(slot, report.text);
@@ -592,7 +594,7 @@ void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
     }
     slot.failed_starts = 0;
     slot.state = WorkerSlot::State::Idle;
-    ever_ready_ = true;
+    ever_ready_ = ever_ready_ || all_ready();
     changed_.notify_all();
 }
 

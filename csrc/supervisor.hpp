@@ -155,6 +155,7 @@ class Supervisor {
         std::shared_ptr<Check> check = nullptr;  // not null: the job's tests are run, and are to be checked
     };
 
+    bool all_ready() const;
     void supervise();
     void start_absent_workers();
     void start(WorkerSlot& slot);
@@ -192,7 +193,7 @@ class Supervisor {
     std::int64_t bare_memory_bytes_ = 0;
     std::string fault_;
     std::uint64_t restarts_ = 0;
-    bool ever_ready_ = false;
+    bool ever_ready_ = false;  // all workers at once: what fails before is for the caller to mend
     bool closing_ = false;
     std::thread thread_;
 };

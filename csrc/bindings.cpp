@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 #include "filter.hpp"
@@ -40,6 +41,11 @@ std::string utf8(const py::handle& text) {
     return {PyBytes_AS_STRING(encoded.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(encoded.ptr()))};
 }
 
+/// Of bytes, or of text as UTF-8.
+std::string bytes_of(const py::handle& input) {
+    return py::isinstance<py::bytes>(input) ? input.cast<std::string>() : utf8(input);
+}
+
 py::object decoded(const std::string& bytes) {
     auto* text = PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "replace");
     if (!text) throw py::error_already_set();
@@ -50,6 +56,16 @@ py::object decoded(const std::string& bytes) {
     const auto fault = py::module_::import("rlef_sandbox.records").attr("SandboxFault");
     PyErr_SetString(fault.ptr(), what.c_str());
     throw py::error_already_set();
+}
+
+/// What the machine refuses here is a fault as it is in the supervisor's thread.
+template <typename Call>
+auto or_fault(Call call) {
+    try {
+        return call();
+    } catch (const std::system_error& error) {
+        throw_fault(error.what());
+    }
 }
 
 /// From a name, or from a rlef_sandbox.Tokens.
@@ -77,11 +93,6 @@ rlef::Limits limits_of(const py::handle& limits) {
     const auto whole = [&limits](const char* name) { return limits.attr(name).cast<std::int64_t>(); };
     return {nanoseconds("cpu_s"),  nanoseconds("wall_limit_s"), whole("memory_bytes"), whole("processes"),
             whole("output_bytes"), whole("kept_output_bytes"),  whole("open_files"),   whole("file_bytes")};
-}
-
-/// Text, or bytes as they are.
-std::string bytes_of(const py::handle& value) {
-    return py::isinstance<py::bytes>(value) ? value.cast<std::string>() : utf8(value);
 }
 
 std::vector<std::string> texts_of(const py::handle& values) {
@@ -138,7 +149,7 @@ rlef::Job job_of(const py::handle& job, const py::handle& default_limits) {
                      std::move(checker.text),
                      has_checker ? limits_of(judge.attr("limits")) : limits};
     for (const auto& test : job.attr("tests")) {
-        result.tests.push_back({utf8(test.attr("input")), utf8(test.attr("expected_output"))});
+        result.tests.push_back({bytes_of(test.attr("input")), utf8(test.attr("expected_output"))});
     }
     return result;
 }
@@ -200,7 +211,9 @@ class Batch {
     }
 
     bool is_over() { return supervisor_.is_over(*batch_); }
-    int fileno() { return supervisor_.notifier(*batch_); }
+    int fileno() {
+        return or_fault([&] { return supervisor_.notifier(*batch_); });
+    }
     void cancel() { supervisor_.cancel(batch_); }
 
   private:
@@ -334,9 +347,12 @@ PYBIND11_MODULE(_core, module) {
         .def(py::init([](std::vector<std::string> for_python, std::vector<std::string> for_commands,
                          const std::vector<std::string>& environment, unsigned workers,
                          std::uint32_t allowed_missing) {
-                 return std::make_unique<rlef::Supervisor>(
-                     rlef::WorkerCommand{std::move(for_python), environment},
-                     rlef::WorkerCommand{std::move(for_commands), environment}, workers, allowed_missing);
+                 rlef::WorkerCommand python{std::move(for_python), environment};
+                 rlef::WorkerCommand commands{std::move(for_commands), environment};
+                 return or_fault([&] {
+                     return std::make_unique<rlef::Supervisor>(std::move(python), std::move(commands),
+                                                               workers, allowed_missing);
+                 });
              }),
              py::arg("for_python"), py::arg("for_commands"), py::arg("environment"), py::arg("workers"),
              py::arg("allowed_missing"))

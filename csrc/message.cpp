@@ -18,7 +18,8 @@ constexpr std::size_t kMostFds = 6;
 
 template <typename Header>
 bool send_any(int socket, const Header& header, std::string_view text, const std::vector<int>& fds) {
-    text = text.substr(0, kMostText);
+    // Its end: what an interpreter says of a program ends with the error's name.
+    if (text.size() > kMostText) text.remove_prefix(text.size() - kMostText);
     iovec parts[2] = {{const_cast<Header*>(&header), sizeof header},
                       {const_cast<char*>(text.data()), text.size()}};
     alignas(cmsghdr) char control[CMSG_SPACE(kMostFds * sizeof(int))] = {};

@@ -271,7 +271,6 @@ struct WorkerSlot {
     UniqueFd socket;
     UniqueFd log;  // the worker's standard error
     std::int64_t bare_memory_bytes = 0;
-    bool ever_ready = false;
     unsigned failed_starts = 0;
     std::chrono::steady_clock::time_point start_at;  // Absent: not before
     std::chrono::steady_clock::time_point deadline;
@@ -313,10 +312,13 @@ Supervisor::~Supervisor() {
 
 bool Supervisor::wait_until_ready(std::chrono::milliseconds patience) {
     Lock lock(mutex_);
-    return changed_.wait_for(lock, patience, [this] {
-        return !fault_.empty() || std::all_of(slots_.begin(), slots_.end(), [](const auto& slot) {
-            return slot->ever_ready || slot->kind == ProgramKind::Command;
-        });
+    return changed_.wait_for(lock, patience, [this] { return !fault_.empty() || all_ready(); });
+}
+
+bool Supervisor::all_ready() const {
+    return std::all_of(slots_.begin(), slots_.end(), [](const auto& slot) {
+        return slot->kind == ProgramKind::Command || slot->state == WorkerSlot::State::Idle ||
+               slot->state == WorkerSlot::State::Busy;
     });
 }
 
@@ -523,7 +525,6 @@ void Supervisor::stop(WorkerSlot& slot) {
     }
     WorkerSlot absent;
     absent.kind = slot.kind;
-    absent.ever_ready = slot.ever_ready;
     absent.failed_starts = slot.failed_starts;
     absent.start_at = slot.start_at;
     slot = std::move(absent);
@@ -641,7 +642,8 @@ void Supervisor::handle(WorkerSlot& slot, const Message<Report>& report) {
             return handle_end_of_program(slot, outcome);
         }
         case Report::Kind::CannotIsolate:
-            if (slot.state == WorkerSlot::State::Starting && slot.kind == ProgramKind::Python) {
+            if (slot.state == WorkerSlot::State::Starting && slot.kind == ProgramKind::Python &&
+                !ever_ready_) {
                 return fail_everything("a worker could not isolate itself: " + report.text);
             }
             return handle_death(slot, report.text);
@@ -666,7 +668,7 @@ void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
     }
     slot.failed_starts = 0;
     slot.state = WorkerSlot::State::Idle;
-    slot.ever_ready = true;
+    ever_ready_ = ever_ready_ || all_ready();
     changed_.notify_all();
 }
 
@@ -758,16 +760,12 @@ void Supervisor::handle_failed_start(WorkerSlot& slot, const std::string& fault)
     const auto now = Clock::now();
     slot.start_at = now + kPauseAfterFailedStart;
     if (++slot.failed_starts < kMostFailedStarts) return;
-    const auto any_of_its_kind = [this, &slot](auto holds) {
-        return std::any_of(slots_.begin(), slots_.end(),
-                           [&](const auto& other) { return other->kind == slot.kind && holds(*other); });
-    };
-    const bool ever_ready = any_of_its_kind([](const auto& other) { return other.ever_ready; });
-    if (!ever_ready && slot.kind == ProgramKind::Python) return fail_everything(fault);
+    if (!ever_ready_ && slot.kind == ProgramKind::Python) return fail_everything(fault);
     slot.failed_starts = 0;
     slot.start_at = now + kPauseAfterMostFailedStarts;
-    const bool any_left = any_of_its_kind([](const auto& other) {
-        return other.state == WorkerSlot::State::Idle || other.state == WorkerSlot::State::Busy;
+    const bool any_left = std::any_of(slots_.begin(), slots_.end(), [&slot](const auto& other) {
+        const bool works = other->state == WorkerSlot::State::Idle || other->state == WorkerSlot::State::Busy;
+        return works && other->kind == slot.kind;
     });
     if (!any_left) fail_queue(slot.kind, fault);
 }

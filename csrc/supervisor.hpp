@@ -167,6 +167,7 @@ class Supervisor {
         ProgramKind kind() const { return check ? check->job.kind : batch->jobs[index].kind; }
     };
 
+    bool all_ready() const;
     void supervise();
     void start_absent_workers();
     void start(WorkerSlot& slot);
@@ -208,6 +209,7 @@ class Supervisor {
     std::atomic<bool> has_commands_{false};  // there was one to run
     std::string fault_;
     std::uint64_t restarts_ = 0;
+    bool ever_ready_ = false;  // all workers for Python at once: what fails before is for the caller to mend
     bool closing_ = false;
     std::thread thread_;
 };

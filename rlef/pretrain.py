@@ -26,7 +26,7 @@ from rlef.files import write_text
 from rlef.hidden_conventions import READ_NUMBERS, Task, problem, run_reference, task_of
 from rlef.pretrained import write_pretrained
 from rlef.prompts import Dialog, FailedTest
-from rlef.records import ModelShape, Problem
+from rlef.records import ModelShape, Problem, text_input
 from rlef.torch_model import LlamaModel, initialise
 from rlef_sandbox import Result, Test, Verdict
 
@@ -230,7 +230,7 @@ def _feedback(program: str | None, public_test: Test) -> str:
     if program is None:
         return prompts.no_code_text()
     try:
-        output, verdict, trace = run_reference(program, public_test.input), Verdict.WRONG_OUTPUT, ""
+        output, verdict, trace = run_reference(program, text_input(public_test)), Verdict.WRONG_OUTPUT, ""
     except SyntaxError as error:
         output, verdict = "", Verdict.SYNTAX_ERROR
         trace = (

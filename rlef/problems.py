@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rlef import hidden_conventions
 from rlef.config import Config, ConfigError, ExecutorConfig
 from rlef.files import replacing
-from rlef.records import Problem
+from rlef.records import Problem, text_input
 from rlef_sandbox import Test
 
 Part = Literal["train", "eval"]
@@ -177,4 +177,4 @@ def _tests(rows: list[_TestRow]) -> tuple[Test, ...]:
 
 
 def _test_rows(tests: tuple[Test, ...]) -> list[dict[str, str]]:
-    return [{"input": test.input, "expected_output": test.expected_output} for test in tests]
+    return [{"input": text_input(test), "expected_output": test.expected_output} for test in tests]

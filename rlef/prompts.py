@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from rlef.config import ConfigError, RolloutConfig
-from rlef.records import TurnOutcome
+from rlef.records import TurnOutcome, text_input
 from rlef_sandbox import Result, Test, Verdict
 
 FORMAT_REQUEST = "\nPut your program between ```python and ``` and use backticks for nothing else."
@@ -137,7 +137,7 @@ def shorten_trace(trace: str, *, max_characters: int) -> str:
 
 
 def _bullet(item: FailedTest, max_characters: int) -> str:
-    pieces = [INPUT_HEADING, _cut(item.test.input, max_characters)]
+    pieces = [INPUT_HEADING, _cut(text_input(item.test), max_characters)]
     verdict = item.result.verdict
     if verdict in _REMARKS:
         pieces.append(_REMARKS[verdict])

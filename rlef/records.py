@@ -28,6 +28,12 @@ class Problem:
     solutions: tuple[str, ...] = ()
 
 
+def text_input(test: Test) -> str:
+    """The input of a problem's test, which is text: the files of problems are JSON."""
+    assert isinstance(test.input, str)
+    return test.input
+
+
 class TurnOutcome(StrEnum):
     """What the public tests said about one response, the worst news first."""
 

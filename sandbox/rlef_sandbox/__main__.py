@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlef_sandbox import Executor, Judge, Limits, Result, SandboxFault, Test, Verdict, check
+from rlef_sandbox.measure import Baseline, Measurement, Row, measure
 
 _LIMITS = {"cpu_s": float, "wall_s": float, "memory_bytes": int, "processes": int, "output_bytes": int}
 
@@ -45,12 +46,33 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--judge", choices=["code_contests", "exact", "tokens"], default="code_contests")
     for name, kind in _LIMITS.items():
         running.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"Limits.{name}")
-    running.add_argument(
-        "--allow-missing", action="append", default=[], metavar="LAYER", help="run without this layer"
-    )
+    _add_allow_missing(running)
     running.add_argument("--json", action="store_true", help="the whole result as JSON on standard output")
     running.set_defaults(command=_run)
+
+    measuring = commands.add_parser(
+        "bench",
+        help="measure what a test costs on this machine",
+        description="Runs small programs through the executor, and in two ways that need nothing installed: "
+        "a bare interpreter for each test, and the floor, a fork of a warm interpreter that exits at once. "
+        "Costs are medians of alternating rounds.",
+    )
+    measuring.add_argument(
+        "--seconds", type=float, default=10.0, metavar="N", help="for about so long (default: 10)"
+    )
+    measuring.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="Executor.workers (default: 1)"
+    )
+    _add_allow_missing(measuring)
+    measuring.add_argument("--json", action="store_true", help="as JSON")
+    measuring.set_defaults(command=_bench)
     return parser
+
+
+def _add_allow_missing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-missing", action="append", default=[], metavar="LAYER", help="run without this layer"
+    )
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -68,7 +90,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     source = sys.stdin.read() if str(arguments.program) == "-" else _text(arguments.program)
     given = {name: getattr(arguments, name) for name in _LIMITS if getattr(arguments, name) is not None}
-    stdin = _text(arguments.input) if arguments.input else ""
+    stdin = arguments.input.read_bytes() if arguments.input else b""
     expected = _text(arguments.expected) if arguments.expected else None
     judge: Judge = arguments.judge
     limits = Limits(**given)
@@ -93,6 +115,38 @@ def _show(result: Result, verdict: str) -> None:
     facts.append(f"signal {result.signal}" if result.exit_code is None else f"exit status {result.exit_code}")
     facts += [f"{result.cpu_s:.3f} s CPU", f"{result.wall_s:.3f} s", f"{result.peak_memory_bytes >> 20} MiB"]
     print(", ".join(facts), file=sys.stderr)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    found = measure(
+        seconds=arguments.seconds, workers=arguments.workers, allow_missing=arguments.allow_missing
+    )
+    if arguments.json:
+        print(json.dumps({"bench": "rlef_sandbox", **asdict(found)}))
+    else:
+        _show_measurement(found)
+    return 0
+
+
+def _show_measurement(found: Measurement) -> None:
+    machine = found.machine
+    print(f"{machine.cpu}, {machine.cores} cores, load {machine.load:.1f}; Linux {machine.kernel}", end="; ")
+    print(f"Python {machine.python}; workers: {found.workers}")
+    print(f"layers missing: {', '.join(machine.layers_missing) or 'none'}\n")
+    print(f"{'a test':52} {'CPU':>8} {'wall':>8}")
+    for row in found.rows:
+        name = f"rlef_sandbox, tests per program: {row.tests_per_program}"
+        print(f"{name:52} {_milliseconds(row)}   {row.tests_per_s_per_core:.0f} tests/s per core")
+    for baseline in found.baselines:
+        ratio = baseline.cpu_s / found.rows[0].cpu_s
+        print(f"{baseline.name:52} {_milliseconds(baseline)}   {ratio:.2f} times the CPU time of the first")
+    latency = found.latency_s
+    print(f"\ncall to result {1e3 * latency.p50:.1f} ms, p99 {1e3 * latency.p99:.1f} ms", end="; ")
+    print(f"a worker at rest holds {found.worker_memory_bytes / (1 << 20):.1f} MiB")
+
+
+def _milliseconds(cost: Row | Baseline) -> str:
+    return f"{1e3 * cost.cpu_s:5.2f} ms {1e3 * cost.wall_s:5.2f} ms"
 
 
 def _text(path: Path) -> str:

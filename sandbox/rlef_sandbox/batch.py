@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
 from rlef_sandbox import _core
-from rlef_sandbox.records import Result, StoppedBy, Verdict
+from rlef_sandbox.records import Result, SandboxFault, StoppedBy, Verdict
 
 
 class Batch(Iterator[tuple[int, list[Result]]], AsyncIterator[tuple[int, list[Result]]]):
@@ -20,6 +21,7 @@ class Batch(Iterator[tuple[int, list[Result]]], AsyncIterator[tuple[int, list[Re
 
     def __init__(self, core: _core.Batch) -> None:
         self._core = core
+        self._owner = os.getpid()
         self._taken: deque[tuple[int, list[Result]]] = deque()
 
     def __next__(self) -> tuple[int, list[Result]]:
@@ -44,10 +46,17 @@ class Batch(Iterator[tuple[int, list[Result]]], AsyncIterator[tuple[int, list[Re
         """Whether nothing can be given now, but more will come."""
         if self._taken:
             return False
+        must_be_of_this_process(self._owner)
         over = self._core.is_over()  # asked before taking: what finishes in between is not lost
         for index, outcomes in self._core.take():
             self._taken.append((index, [_result(*outcome) for outcome in outcomes]))
         return not self._taken and not over
+
+
+def must_be_of_this_process(owner: int) -> None:
+    """A fork has neither the supervisor's thread nor the workers: it would wait for ever."""
+    if os.getpid() != owner:
+        raise SandboxFault("this executor belongs to the process before the fork: make one here")
 
 
 async def _readable(descriptor: int) -> None:

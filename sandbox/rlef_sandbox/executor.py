@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from types import TracebackType
 
 from rlef_sandbox import _core
-from rlef_sandbox.batch import Batch
+from rlef_sandbox.batch import Batch, must_be_of_this_process
 from rlef_sandbox.records import Call, Command, Job, Judge, Limits, Result, SandboxFault, Test, Verdict
 from rlef_sandbox.workers import start_workers
 
@@ -126,8 +126,7 @@ class Executor:
         return Batch(self._submit(jobs))
 
     def _submit(self, jobs: Sequence[Job]) -> _core.Batch:
-        if os.getpid() != self._owner:
-            raise SandboxFault("this executor belongs to the process before the fork: make one here")
+        must_be_of_this_process(self._owner)
         return self._supervisor.submit(jobs, self._limits)
 
     def _try_out(self) -> None:
@@ -142,10 +141,12 @@ class Executor:
 
     def restarts(self) -> int:
         """How many workers have been replaced because they died or could not be started."""
+        must_be_of_this_process(self._owner)
         return self._supervisor.restarts()
 
     def worker_pids(self) -> list[int]:
         """The worker processes that live now."""
+        must_be_of_this_process(self._owner)
         return self._supervisor.worker_pids()
 
     def close(self) -> None:

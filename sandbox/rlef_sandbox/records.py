@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
@@ -56,12 +57,22 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """What a program reads on standard input, and what it should write to standard output."""
+    """What a program reads on standard input, and what it should write to standard output.
 
-    input: str
+    Text is read and written as UTF-8. Input that is no such text is given as bytes; `sys.stdin.buffer` reads
+    them as they are. Raises TypeError for anything else.
+    """
+
+    input: str | bytes
     expected_output: str
 
     __test__ = False  # pytest: not a test class
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.input, (str, bytes)):
+            raise TypeError(f"input is {_shown(self.input)}: give a str, or bytes where it is no text")
+        if not isinstance(self.expected_output, str):
+            raise TypeError(f"expected_output is {_shown(self.expected_output)}: give a str")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +211,11 @@ _LEAST = {
 
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**62
+
+
+def _shown(value: object) -> str:
+    """On one line: what was given by mistake may be a whole file."""
+    return reprlib.repr(value).replace("\n", " ")
 
 
 def _is_number(value: object) -> bool:

@@ -75,6 +75,7 @@ for line in sys.stdin:
 
 def main() -> None:
     core_path, supervisor = sys.argv[1], int(sys.argv[2])
+    _want_descriptors()
     _restart_with_large_stack()
     core = _load_core(core_path)
     readable, hidden = _file_view()
@@ -87,6 +88,12 @@ def main() -> None:
         compile=_compile,
         run=_run,
     )
+
+
+def _want_descriptors() -> None:
+    """A caller that has few left is no reason for a worker to fail. Programs have a limit of their own."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _restart_with_large_stack() -> None:
@@ -140,6 +147,7 @@ def _warm_up() -> None:
         importlib.import_module(name)
     site.setquit()  # exit() and quit(), which -S leaves out
     sys.argv[:] = [SOURCE_NAME]
+    sys.orig_argv[:] = [sys.executable, SOURCE_NAME]  # as for a script; it named the files of the sandbox
     for _ in range(WARM_ROUNDS):
         _rehearse()
     _new_main_module()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlef_sandbox import Layer, Verdict
+from rlef_sandbox import Layer, Verdict, worker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,7 +369,7 @@ READING = (
     refused("read the tests", f"print('REACHED', open({__file__!r}).read())", "[Errno "),
     refused("read an expected output beside it", "print('REACHED', open('expected_output.txt').read())", "[Errno 2] "),
     refused("read the program's file", "print('REACHED', open(__file__).read())", "[Errno 2] "),
-    refused("read the sandbox's own files", "import sys\nprint('REACHED', open(sys.orig_argv[-3]).read())", "[Errno "),
+    refused("read the sandbox's own files", f"print('REACHED', open({worker.__file__!r}).read())", "[Errno "),
     refused("walk up out of the root", "print('REACHED', open('../../../../../../etc/hostname').read())", "[Errno "),
     refused("walk up by a descriptor", "import os\nroot = os.open('/', os.O_PATH)\nprint('REACHED', os.read(os.open('../../etc/hostname', 0, dir_fd=root), 9))", "[Errno "),
     refused("import installed packages", "import pip", "ModuleNotFoundError"),
@@ -382,6 +382,7 @@ READING = (
     refused("read a file by a pathname with a NUL", "print('REACHED', open('/etc/passwd\\0.py').read())", "ValueError: embedded null byte"),
     futile("find the caller's environment", "import os\nprint(sorted(os.environ), os.getcwd())", "['LC_CTYPE', 'LD_BIND_NOW', 'PYTHONHASHSEED'] /\n", rests_on=NOT_THERE),
     futile("find the caller's arguments", "import sys\nprint(sys.argv)", "['solution.py']\n"),
+    futile("find the workers arguments", "import sys\nprint(sys.orig_argv == [sys.executable, 'solution.py'])", "True\n"),
     futile(
         "find an open descriptor",
         "import fcntl\nfor fd in range(1024):\n    try:\n        fcntl.fcntl(fd, fcntl.F_GETFD); print(fd, end=' ')\n    except OSError: pass",

@@ -32,7 +32,7 @@ def run(executor: Executor) -> RunOnce:
 
     def run_once(
         program: str,
-        stdin: str = "",
+        stdin: str | bytes = "",
         expected: str = "",
         *,
         limits: Limits | None = None,

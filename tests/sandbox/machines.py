@@ -29,7 +29,8 @@ _LOAD_FIRST_ARGUMENT: _Step = (0x20, 0, 0, 16)
 _ALLOW: _Step = (0x06, 0, 0, 0x7FFF0000)
 _EPERM: _Step = (0x06, 0, 0, 0x00050001)
 _ENOSYS: _Step = (0x06, 0, 0, 0x00050026)
-_SETGROUPS, _UNSHARE, _CLONE, _CLONE3, _LANDLOCK = 116, 272, 56, 435, 444
+_ENOMEM: _Step = (0x06, 0, 0, 0x0005000C)
+_SETGROUPS, _UNSHARE, _CLONE, _CLONE3, _LANDLOCK, _MEMFD_CREATE = 116, 272, 56, 435, 444, 319
 
 
 def _refuse(number: int, answer: _Step = _EPERM) -> list[_Step]:
@@ -50,6 +51,8 @@ _NAMESPACE_CALLS = [_UNSHARE, 165, 166, 155, 308, 428, 429, 442]  # mount, umoun
 LIKE_DOCKER = _machine(
     *map(_refuse, _NAMESPACE_CALLS), _refuse(_CLONE3, _ENOSYS), _refuse_flags(_CLONE, 0x7E020000)
 )
+
+NO_MEMORY_FILES = _machine(_refuse(_MEMFD_CREATE, _ENOMEM))
 
 WITHOUT = {
     Layer.UNPRIVILEGED_USER: _machine(_refuse(_SETGROUPS)),

@@ -74,6 +74,12 @@ def test_a_checker_sees_the_three_texts_as_they_are(executor: Executor):
     assert verdicts(executor, program, [Test("in\r\nä", "out\0")], checker) == ["passed"]
 
 
+def test_a_checker_finds_surrogates_where_an_input_is_no_text(executor: Executor):
+    checker = Checker(program="def check(input, expected_output, output):\n    return input == 'a\\udcff'")
+
+    assert verdicts(executor, "", [Test(b"a\xff", "")], checker) == ["passed"]
+
+
 def test_a_checker_sees_the_whole_output_and_the_result_keeps_its_beginning(executor: Executor):
     checker = Checker(program="def check(input, expected_output, output):\n    return len(output) == 100_001")
     limits = Limits(kept_output_bytes=10)

@@ -51,6 +51,21 @@ def test_verdicts_are_their_names():
     ]
 
 
+@pytest.mark.parametrize("given", [3, None, bytearray(b"3"), ["3\n"]])
+def test_input_that_is_neither_text_nor_bytes_is_named(given):
+    with pytest.raises(TypeError) as caught:
+        Test(given, "3")
+
+    assert str(caught.value) == f"input is {given!r}: give a str, or bytes where it is no text"
+
+
+def test_expected_output_that_is_no_text_is_named_and_cut():
+    with pytest.raises(TypeError, match=r"^expected_output is b'xxx.*\.\.\..*xxx': give a str$") as caught:
+        Test("3", b"x" * 10_000)  # type: ignore[arg-type]
+
+    assert len(str(caught.value)) < 100
+
+
 @pytest.mark.parametrize(("record", "name"), [(Test("1", "2"), "input"), (Limits(), "cpu_s")])
 def test_records_cannot_be_changed(record, name):
     with pytest.raises(AttributeError, match=f"cannot assign to field '{name}'"):

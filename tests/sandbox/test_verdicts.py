@@ -159,6 +159,13 @@ def test_syntax_error_points_at_the_line(run):
     )
 
 
+def test_syntax_error_on_a_long_line_keeps_its_name(executor: Executor):
+    for tests in (1, 3):  # without a solution process, and with one
+        result = executor.run("x = '" + "y" * 100_000, [Test("", "")] * tests)[0]
+
+        assert result.stderr.endswith("^\nSyntaxError: unterminated string literal (detected at line 1)\n")
+
+
 def test_source_that_overflows_the_compiler_harms_nobody(executor: Executor):
     deep = executor.run("(" * 100_000, [Test("", "")])[0]
     chain = executor.run("x = " + "-" * 200_000 + "1", [Test("", "")])[0]

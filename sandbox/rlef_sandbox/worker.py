@@ -46,6 +46,7 @@ WARM_MODULES = (
 WARM_ROUNDS = (
     20  # after some calls the interpreter rewrites code for what it has met, and then leaves it alone
 )
+
 REHEARSAL_INPUT = b"3\n1 2 3\nabc\n4 5\n"
 REHEARSAL = b"""
 import sys
@@ -131,13 +132,15 @@ def _warm_up() -> None:
     import importlib
     import site
 
-    # Modules that reseed themselves after a fork would make programs unrepeatable.
+    # No module acts after a fork. `random` would reseed itself, which makes programs unrepeatable.
+    # `threading` would renew what other threads can have left in disorder, but no process here has any when
+    # it forks, and that dirties sixty pages in each test.
     register_at_fork, os.register_at_fork = os.register_at_fork, lambda **_: None
     random = importlib.import_module("random")
-    os.register_at_fork = register_at_fork
-    random.seed(0)
     for name in WARM_MODULES:
         importlib.import_module(name)
+    os.register_at_fork = register_at_fork
+    random.seed(0)
     site.setquit()  # exit() and quit(), which -S leaves out
     sys.argv[:] = [SOURCE_NAME]
     for _ in range(WARM_ROUNDS):

@@ -6,10 +6,12 @@ grandchildren. Arguments: the path of the compiled core, and the supervisor's pr
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
 import sys
+from _thread import _count as running_threads
 from types import CodeType, ModuleType
 
 if __name__ == "__main__":  # outside the package: the file beside this one
@@ -281,10 +283,9 @@ def _report(error: BaseException) -> None:
 
 def _finish(namespace: dict[str, object], status: int) -> int:
     """What matters of the interpreter's end: threads, exit functions, and output that is still in buffers."""
-    import atexit
-    import threading
+    if running_threads():
+        import threading
 
-    if threading.active_count() > 1:
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__

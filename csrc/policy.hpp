@@ -13,4 +13,18 @@ Policy worker_policy(Architecture architecture = kOwnArchitecture);
 /// What one test may not ask although its parent may: no processes but threads, no signals but to itself.
 Policy test_policy(pid_t own_pid, Architecture architecture = kOwnArchitecture);
 
+/// The test policy, compiled beforehand for every pid. Compiling allocates, and in a forked process that
+/// means some forty pages of the heap, copied because a free list runs through them.
+class TestFilter {
+  public:
+    explicit TestFilter(Architecture architecture = kOwnArchitecture);
+
+    /// Equal to `compile(test_policy(own_pid))`, without allocating. Valid until the next call.
+    const std::vector<sock_filter>& of(pid_t own_pid);
+
+  private:
+    std::vector<sock_filter> code_;
+    std::vector<std::size_t> compared_with_pid_;  // the instructions whose operand is the pid
+};
+
 }  // namespace rlef

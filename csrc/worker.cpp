@@ -118,6 +118,7 @@ struct Worker {
     std::int64_t bare_memory;
     Beginning* beginning;
     Confession* confession;
+    TestFilter* test_filter;
 };
 
 /// Tells the supervisor, or leaves the telling to the parent, where the socket is closed already.
@@ -147,7 +148,7 @@ void isolate_test(const Worker& worker, const std::vector<UniqueFd>& streams, co
     }
     must(::syscall(SYS_close_range, count, ~0U, 0) == 0, "close_range");
     limit_softly(RLIMIT_CPU, cpu_seconds(own_cpu_time() + limits.cpu_ns));
-    const int error = install(compile(test_policy(::getpid())));
+    const int error = install(worker.test_filter->of(::getpid()));
     if (error) throw std::system_error(error, std::generic_category(), "seccomp");
     worker.beginning->cpu_ns = own_cpu_time();
     worker.beginning->time_ns = read_clock(CLOCK_MONOTONIC);
@@ -396,8 +397,15 @@ Record* shared() {
 
 void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter& interpreter) {
     prepare_process();
-    Worker worker{
-        socket, {}, interpreter, statm_field(0), statm_field(1), shared<Beginning>(), shared<Confession>()};
+    TestFilter test_filter;
+    Worker worker{socket,
+                  {},
+                  interpreter,
+                  statm_field(0),
+                  statm_field(1),
+                  shared<Beginning>(),
+                  shared<Confession>(),
+                  &test_filter};
     try {
         worker.isolation = isolate(view);
         die_with(supervisor);

@@ -21,6 +21,7 @@
 #include <fstream>
 #include <system_error>
 
+#include "memory_layout.hpp"
 #include "message.hpp"
 #include "policy.hpp"
 #include "system_calls.hpp"
@@ -414,7 +415,7 @@ void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter
     } catch (const std::system_error& error) {
         give_up(worker, error);
     }
-    ::malloc_trim(0);  // leaves the heap in order, or every child would tidy up its own copy
+    fill_gaps_of_heap();
     Report ready{};
     ready.kind = Report::Kind::Ready;
     ready.bare_memory_bytes = worker.bare_memory;

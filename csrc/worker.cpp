@@ -398,6 +398,7 @@ Record* shared() {
 
 void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter& interpreter) {
     prepare_process();
+    put_code_into_huge_pages();  // while /proc is there, and before memory is looked at
     TestFilter test_filter;
     Worker worker{socket,
                   {},

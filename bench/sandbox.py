@@ -41,6 +41,7 @@ INTERPRETER = os.path.realpath(sys.executable)
 FORK_AND_EXIT = """
 import gc, os, sys
 forks, *modules = sys.argv[1:]
+os.register_at_fork = lambda **_: None  # as in a worker
 for name in modules:
     __import__(name)
 gc.collect()

@@ -283,15 +283,19 @@ PolicyTuple policy_tuple(const rlef::Policy& policy) {
     return {rules, policy.unnamed, policy.beyond, policy.first_alien, policy.architecture};
 }
 
+std::vector<Instruction> instructions(const std::vector<sock_filter>& code) {
+    std::vector<Instruction> result;
+    for (const auto& step : code) result.emplace_back(step.code, step.jt, step.jf, step.k);
+    return result;
+}
+
 std::vector<Instruction> compile_policy(const PolicyTuple& tuple) {
     const auto& [rules, unnamed, beyond, first_alien, architecture] = tuple;
     rlef::Policy policy{{}, unnamed, beyond, first_alien, architecture};
     for (const auto& [number, action, when, argument, value, values, otherwise] : rules) {
         policy.rules.push_back({number, action, when_of(when), argument, value, values, otherwise});
     }
-    std::vector<Instruction> result;
-    for (const auto& step : rlef::compile(policy)) result.emplace_back(step.code, step.jt, step.jf, step.k);
-    return result;
+    return instructions(rlef::compile(policy));
 }
 
 }  // namespace
@@ -334,6 +338,12 @@ PYBIND11_MODULE(_core, module) {
             return policy_tuple(rlef::test_policy(own_pid, architecture_of(architecture), may_fork));
         },
         py::arg("own_pid"), py::arg("architecture"), py::arg("may_fork"));
+    module.def(
+        "test_filter",
+        [](int own_pid, const std::string& architecture) {
+            return instructions(rlef::TestFilter(architecture_of(architecture)).of(own_pid));
+        },
+        py::arg("own_pid"), py::arg("architecture"));
     module.def("compile_policy", compile_policy, py::arg("policy"));
 
     py::class_<Batch>(module, "Batch")

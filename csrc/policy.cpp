@@ -402,4 +402,16 @@ Policy command_policy(CommandRights rights, Architecture architecture) {
     return without_absent(std::move(policy));
 }
 
+TestFilter::TestFilter(Architecture architecture) : code_(compile(test_policy(1, architecture))) {
+    const auto other = compile(test_policy(2, architecture));
+    for (std::size_t i = 0; i < code_.size(); ++i) {
+        if (code_[i].k != other.at(i).k) compared_with_pid_.push_back(i);
+    }
+}
+
+const std::vector<sock_filter>& TestFilter::of(pid_t own_pid) {
+    for (const auto place : compared_with_pid_) code_[place].k = static_cast<std::uint32_t>(own_pid);
+    return code_;
+}
+
 }  // namespace rlef

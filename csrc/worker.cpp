@@ -15,6 +15,7 @@
 #include <atomic>
 #include <system_error>
 
+#include "memory_layout.hpp"
 #include "message.hpp"
 #include "policy.hpp"
 #include "process.hpp"
@@ -48,6 +49,7 @@ struct Worker {
     std::int64_t bare_memory;
     Beginning* beginning;
     Confession* confession;
+    TestFilter* test_filter;
 };
 
 /// Tells the supervisor, or leaves the telling to the parent, where the socket is closed already.
@@ -77,7 +79,7 @@ void isolate_test(const Worker& worker, const std::vector<UniqueFd>& streams, co
     }
     must(::syscall(SYS_close_range, count, ~0U, 0) == 0, "close_range");
     limit_softly(RLIMIT_CPU, cpu_seconds(own_cpu_time() + limits.cpu_ns));
-    const int error = install(compile(test_policy(::getpid())));
+    const int error = install(worker.test_filter->of(::getpid()));
     if (error) throw std::system_error(error, std::generic_category(), "seccomp");
     begin(*worker.beginning);
     must(::munmap(worker.beginning, sizeof(Beginning)) == 0, "munmap");
@@ -262,8 +264,16 @@ void limit_stacks_of_threads() {
 void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter& interpreter) {
     prepare_worker();
     limit_stacks_of_threads();
-    Worker worker{
-        socket, {}, interpreter, statm_field(0), statm_field(1), shared<Beginning>(), shared<Confession>()};
+    put_code_into_huge_pages();  // while /proc is there, and before memory is looked at
+    TestFilter test_filter;
+    Worker worker{socket,
+                  {},
+                  interpreter,
+                  statm_field(0),
+                  statm_field(1),
+                  shared<Beginning>(),
+                  shared<Confession>(),
+                  &test_filter};
     try {
         worker.isolation = isolate(view);
         die_with(supervisor);
@@ -272,7 +282,7 @@ void serve(int socket, pid_t supervisor, const FileView& view, const Interpreter
     } catch (const std::system_error& error) {
         give_up(worker, error);
     }
-    ::malloc_trim(0);  // leaves the heap in order, or every child would tidy up its own copy
+    fill_gaps_of_heap();
     Report ready{};
     ready.kind = Report::Kind::Ready;
     ready.bare_memory_bytes = worker.bare_memory;

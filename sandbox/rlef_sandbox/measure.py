@@ -30,6 +30,7 @@ PROGRAM = "count = int(input())\nnumbers = list(map(int, input().split()))\nprin
 FORK_AND_EXIT = """
 import gc, json, os, resource, sys, time
 forks, *modules = sys.argv[1:]
+os.register_at_fork = lambda **_: None  # as in a worker
 for name in modules:
     __import__(name)
 def clocks():

@@ -6,10 +6,12 @@ grandchildren. Arguments: the path of the compiled core, and the supervisor's pr
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
 import sys
+from _thread import _count as running_threads
 from types import CodeType, ModuleType
 
 if __name__ == "__main__":  # outside the package: the file beside this one
@@ -46,6 +48,13 @@ WARM_MODULES = (
 WARM_ROUNDS = (
     20  # after some calls the interpreter rewrites code for what it has met, and then leaves it alone
 )
+
+# Of CPython's allocator, 3.10 and newer. Were they different, _begin_new_pools would gain nothing.
+BLOCK_STEP, LARGEST_BLOCK = 16, 512
+POOL_BYTES, POOL_HEADER_BYTES = 16 << 10, 48
+MOST_FILLER_BYTES = 1 << 20  # of each size
+_fillers: list[object] = []
+
 REHEARSAL_INPUT = b"3\n1 2 3\nabc\n4 5\n"
 REHEARSAL = b"""
 import sys
@@ -138,13 +147,15 @@ def _warm_up() -> None:
     import importlib
     import site
 
-    # Modules that reseed themselves after a fork would make programs unrepeatable.
+    # No module acts after a fork. `random` would reseed itself, which makes programs unrepeatable.
+    # `threading` would renew what other threads can have left in disorder, but no process here has any when
+    # it forks, and that dirties sixty pages in each test.
     register_at_fork, os.register_at_fork = os.register_at_fork, lambda **_: None
     random = importlib.import_module("random")
-    os.register_at_fork = register_at_fork
-    random.seed(0)
     for name in WARM_MODULES:
         importlib.import_module(name)
+    os.register_at_fork = register_at_fork
+    random.seed(0)
     site.setquit()  # exit() and quit(), which -S leaves out
     sys.argv[:] = [SOURCE_NAME]
     sys.orig_argv[:] = [sys.executable, SOURCE_NAME]  # as for a script; it named the files of the sandbox
@@ -153,6 +164,25 @@ def _warm_up() -> None:
     _new_main_module()
     gc.collect()
     gc.freeze()
+    _begin_new_pools()
+
+
+def _begin_new_pools() -> None:
+    """Fill what is free in the pools from which the interpreter takes small blocks, up to the first block of
+    a new pool of each size. There the next blocks lie on the page of the pool's header, and a test copies one
+    page for them instead of two."""
+    for size in range(BLOCK_STEP, LARGEST_BLOCK + 1, BLOCK_STEP):
+        for _ in range(MOST_FILLER_BYTES // size):
+            filler = _block(size)
+            _fillers.append(filler)
+            if id(filler) % POOL_BYTES == POOL_HEADER_BYTES:
+                break
+
+
+def _block(size: int) -> object:
+    if size == sys.getsizeof(object()):
+        return object()
+    return float(size) if size == BLOCK_STEP * 2 else bytes(size - sys.getsizeof(b""))
 
 
 def _rehearse() -> None:
@@ -286,10 +316,9 @@ def _report(error: BaseException) -> None:
 
 def _finish(namespace: dict[str, object], status: int) -> int:
     """What matters of the interpreter's end: threads, exit functions, and output that is still in buffers."""
-    import atexit
-    import threading
+    if running_threads():
+        import threading
 
-    if threading.active_count() > 1:
         threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     streams = sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__

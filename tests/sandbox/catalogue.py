@@ -521,7 +521,7 @@ POISONING = (
     futile("change the import path", "import sys\nsys.path[:] = ['/tmp']\nsys.meta_path.clear()\nsys.path_hooks.clear()"),
     futile("leave exit functions", "import atexit\nfor _ in range(1000): atexit.register(print, end='')"),
     ended(Verdict.EXCEPTION, "replace what runs exit functions", "import atexit\natexit._run_exitfuncs = lambda: 1 / 0", "ZeroDivisionError"),
-    ended(Verdict.WRONG_OUTPUT, "exit while threads are ended", "import threading\nthreading.active_count, threading._shutdown = lambda: 2, lambda: exit(0)", "SystemExit: 0"),
+    ended(Verdict.WRONG_OUTPUT, "exit while threads are ended", "import threading\nthreading.Thread(target=threading.Event().wait, args=[0.2]).start()\nthreading._shutdown = lambda: exit(0)", "SystemExit: 0"),
     futile("leave hooks of forks", "import os\nos.register_at_fork(before=lambda: 1 / 0, after_in_parent=lambda: 1 / 0, after_in_child=lambda: 1 / 0)"),
     futile("turn the collector off", "import gc\ngc.disable()\ngc.set_threshold(1)\ngc.unfreeze()\ngc.callbacks.append(lambda *_: 1 / 0)\ngc.set_debug(gc.DEBUG_SAVEALL)\ngc.set_debug(0)\ngc.callbacks.clear()"),
     futile("collect what the worker froze", "import gc\ngc.unfreeze()\ngc.collect()"),

@@ -146,6 +146,14 @@ COMPILED = {name: policy.compiled() for name, policy in OURS.items()}
 each_policy = pytest.mark.parametrize("name", OURS)
 
 
+@pytest.mark.parametrize("machine", ARCHITECTURES)
+@given(own_pid=st.integers(1, 2**22))
+def test_filter_made_beforehand_is_the_one_compiled_for_the_pid(machine, own_pid):
+    compiled = read(_core.test_policy(own_pid, machine, may_fork=False)).compiled()
+
+    assert _core.test_filter(own_pid, machine) == compiled
+
+
 def near(value: int) -> st.SearchStrategy[int]:
     return st.sampled_from([value, (value - 1) % 2**32, (value + 1) % 2**32])
 

@@ -1,7 +1,7 @@
 #include "memory_layout.hpp"
 
+#include <fcntl.h>
 #include <malloc.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -11,6 +11,8 @@
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "unique_fd.hpp"
 
 namespace rlef {
 namespace {
@@ -77,10 +79,14 @@ void put_into_huge_page(std::uintptr_t place, std::uintptr_t size) {
     const auto begin = reinterpret_cast<std::uintptr_t>(room);
     const auto copy = rounded_up(begin, size);
     char* const bytes = pointer_to(copy);
-    ::memcpy(bytes, pointer_to(place), size);
+    // Not by memcpy: constants have poisoned surroundings under a sanitizer.
+    const UniqueFd memory(::open("/proc/self/mem", O_RDONLY | O_CLOEXEC));
+    const bool copied =
+        ::pread(memory.get(), bytes, size, static_cast<off_t>(place)) == static_cast<ssize_t>(size);
     // The kernel replaces the mapping in one step, and this very code may be within: nothing is done between.
     // Constants beside the code become executable, as a program can make any memory of its own anyway.
-    if (::madvise(bytes, size, kCollapse) == 0 && ::mprotect(bytes, size, PROT_READ | PROT_EXEC) == 0) {
+    if (copied && ::madvise(bytes, size, kCollapse) == 0 &&
+        ::mprotect(bytes, size, PROT_READ | PROT_EXEC) == 0) {
         __builtin___clear_cache(bytes, bytes + size);
         ::mremap(bytes, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, pointer_to(place));
     }

@@ -18,6 +18,7 @@ LEFT_OUT = {
     "[lock_memory]": "the sanitizer makes mlock do nothing",
     "test_environment_holds_nothing_of_the_caller": "the runtime is preloaded by an environment variable",
     "test_expected_output_never_enters_a_worker_process": "it reads all memory, and shadow memory is terabytes",
+    "test_a_test_has_few_page_faults": "shadow memory has faults of its own",
     "test_layers_that_are_left_hold": "it starts an executor in a process of its own, from a copy of the package",
     "test_interpreter_that_programs_cannot_read": "so does this",
     "test_bench_runs_without_the_layers": "and this",

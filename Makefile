@@ -11,7 +11,7 @@ key := $(shell cat $(inputs) | sha256sum | cut -c1-16)
 ready := $(venv)/ready-$(key)
 cpp := $(filter %.cpp %.hpp,$(inputs))
 
-.PHONY: train test lint format tidy sanitize aarch64 clean
+.PHONY: train test lint format tidy sanitize sanitize-threads sanitize-leaks build-sanitize aarch64 clean
 
 train: $(ready)
 	$(bin)/rlef train configs/tiny.toml
@@ -34,20 +34,42 @@ format: $(ready)
 configure = $(bin)/cmake -G Ninja -S csrc -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
 	-DPython_EXECUTABLE=$(abspath $(bin)/python) -Dpybind11_DIR=$(shell $(bin)/python -m pybind11 --cmakedir)
 
+runtimes = $(foreach name,$(1),$(shell $(CXX) -print-file-name=lib$(name).so))
+
 # What clang-tidy says about the C++ core; .clang-tidy names the checks.
 tidy: $(ready)
 	$(configure) -B build/tidy -DCMAKE_EXPORT_COMPILE_COMMANDS=ON > /dev/null
 	printf '%s\n' $(filter %.cpp,$(cpp)) | xargs -P $(shell nproc) -n 1 $(bin)/clang-tidy -p build/tidy --quiet
 
 # The executor's tests on a core with address and undefined-behaviour sanitizers: tests/sandbox/sanitized.py.
-sanitize: $(ready)
-	$(configure) -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DRLEF_SANITIZE=address,undefined > /dev/null
-	$(bin)/cmake --build build/sanitize
-	RLEF_SANITIZED_BUILD=build/sanitize \
-	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+sanitize: build-sanitize
+	RLEF_SANITIZED_BUILD=build/sanitize LD_PRELOAD="$(call runtimes,asan ubsan stdc++)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(bin)/python -m pytest --capture=sys -p tests.sandbox.sanitized tests/sandbox \
 	--ignore tests/sandbox/test_packaging.py
+
+build-sanitize: $(ready)
+	$(configure) -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DRLEF_SANITIZE=address,undefined > /dev/null
+	$(bin)/cmake --build build/sanitize
+
+# Of the supervisor's process alone, while its workers come, go and die: data races, and memory that is never freed.
+of_supervisor := $(addprefix tests/sandbox/test_,executor.py batch.py load.py \
+	faults.py::test_workers_killed_at_random_moments_change_no_verdict)
+
+sanitize-threads: $(ready)
+	$(configure) -B build/sanitize-threads -DCMAKE_BUILD_TYPE=RelWithDebInfo -DRLEF_SANITIZE=thread > /dev/null
+	$(bin)/cmake --build build/sanitize-threads
+	RLEF_SANITIZED_BUILD=build/sanitize-threads RLEF_PLAIN_WORKERS=1 LD_PRELOAD="$(call runtimes,tsan)" \
+	TSAN_OPTIONS=halt_on_error=1 \
+	$(bin)/python -m pytest --capture=sys -p tests.sandbox.sanitized $(of_supervisor)
+
+# Stacks of six frames: those of the interpreter's own leaks, which do not count, end in it; those of ours do not.
+sanitize-leaks: build-sanitize
+	printf 'leak:%s\n' libpython _PyObject_Malloc > build/sanitize/interpreter.txt
+	RLEF_SANITIZED_BUILD=build/sanitize RLEF_PLAIN_WORKERS=1 LD_PRELOAD="$(call runtimes,asan ubsan stdc++)" \
+	ASAN_OPTIONS=detect_leaks=1:malloc_context_size=6:allocator_may_return_null=1 \
+	LSAN_OPTIONS=suppressions=$(abspath build/sanitize/interpreter.txt) \
+	$(bin)/python -m pytest --capture=sys -p tests.sandbox.sanitized $(of_supervisor)
 
 # The core by a cross-compiler, whose filters must be those that this machine compiles.
 aarch64: $(ready)

@@ -14,6 +14,8 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from rlef_sandbox import Executor, Job, Limits, Test
 
@@ -33,27 +35,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--executions", type=int, default=100_000)
     arguments = parser.parse_args()
-    temporary = Path(tempfile.gettempdir())
+    with TemporaryDirectory() as folder:  # of its own: what others leave in the machine's is not ours
+        tempfile.tempdir = os.environ["TMPDIR"] = folder
+        report = endure(arguments.executions)
+        left = sorted(path.name for path in Path(folder).iterdir())
+    print(json.dumps({"bench": "endurance", **report, "temporary_files": left}))
+
+
+def endure(executions: int) -> dict[str, Any]:
     started = time.monotonic()
     with Executor(limits=Limits(output_bytes=100_000)) as executor:
         workers = executor.worker_pids()
-        files_before = set(temporary.iterdir())
-        run(executor, arguments.executions // 10)
+        run(executor, executions // 10)
         early = {pid: holdings(pid) for pid in (os.getpid(), *workers)}
-        run(executor, arguments.executions - arguments.executions // 10)
+        run(executor, executions - executions // 10)
         time.sleep(1)
         late = {pid: holdings(pid) for pid in (os.getpid(), *workers)}
-        report = {
-            "bench": "endurance",
-            "executions": arguments.executions,
+        return {
+            "executions": executions,
             "seconds": time.monotonic() - started,
-            "workers_replaced": executor.worker_pids() != workers,
+            "restarts": executor.restarts(),
             "zombies": zombies(workers),
-            "temporary_files": sorted(path.name for path in set(temporary.iterdir()) - files_before),
             "held_by_us": [early.pop(os.getpid()), late.pop(os.getpid())],
             "held_by_workers": [list(early.values()), list(late.values())],
         }
-    print(json.dumps(report))
 
 
 def run(executor: Executor, executions: int) -> None:

@@ -187,8 +187,8 @@ class CommandJob {
             drop_privileges(worker_.isolation);
             die_with(parent);  // after the change of user, which forgets it
             restrict_files_of_command(worker_.isolation, worker_.view, limits_.file_bytes > 0);
-            limit_resources();
             const auto own_filter = compile(test_policy(::getpid(), kOwnArchitecture, command_.may_fork));
+            limit_resources();  // last: what is ours may hold more than the command is allowed
             for (const auto* filter : {&filter_, &own_filter}) {
                 const int error = install(*filter);
                 if (error) throw std::system_error(error, std::generic_category(), "seccomp");

@@ -2,12 +2,16 @@
 
 The supervisor's thread lives in this process, so the sanitizers' runtime is preloaded here; workers are given it
 too, and with it every process that they fork. Leaks are not looked for: the interpreter has its own.
+
+With RLEF_PLAIN_WORKERS, as for `make sanitize-threads` and `make sanitize-leaks`, workers have the core that is
+installed: what is looked at is the process of the supervisor.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -22,6 +26,7 @@ LEFT_OUT = {
     "test_layers_that_are_left_hold": "it starts an executor in a process of its own, from a copy of the package",
     "test_interpreter_that_programs_cannot_read": "so does this",
     "test_bench_runs_without_the_layers": "and this",
+    "test_workers_that_cannot_be_isolated_any_more": "without descriptors the runtime ends them, in its own words",
 }
 
 
@@ -32,6 +37,13 @@ def load_core() -> None:
     assert spec is not None and spec.loader is not None
     sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
+
+
+def give_workers_the_plain_core() -> None:
+    from rlef_sandbox import _core
+
+    [path] = Path(sysconfig.get_path("platlib"), "rlef_sandbox").glob("_core.*.so")
+    _core.__file__ = str(path)
 
 
 def give_workers_the_runtime() -> None:
@@ -64,5 +76,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 load_core()
-give_workers_the_runtime()
-look_at_every_result()
+if "RLEF_PLAIN_WORKERS" in os.environ:
+    give_workers_the_plain_core()
+else:
+    give_workers_the_runtime()
+    look_at_every_result()

@@ -199,10 +199,10 @@ def test_workers_killed_at_random_moments_change_no_verdict():
 
         def kill_now_and_then() -> None:
             while not done.wait(draw.uniform(0.0, 0.3)):
-                for worker in draw.sample(pair.worker_pids(), k=1):
-                    if worker not in killed:
-                        os.kill(worker, signal.SIGKILL)
-                        killed.append(worker)
+                alive = [worker for worker in pair.worker_pids() if worker not in killed]
+                if alive:
+                    killed.append(draw.choice(alive))
+                    os.kill(killed[-1], signal.SIGKILL)
 
         def run(number: int) -> str:
             tests = [Test(str(number), str(number if number % 3 else -1))] * draw.choice([1, 2, 4])

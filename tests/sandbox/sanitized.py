@@ -26,6 +26,8 @@ LEFT_OUT = {
     "test_layers_that_are_left_hold": "it starts an executor in a process of its own, from a copy of the package",
     "test_interpreter_that_programs_cannot_read": "so does this",
     "test_bench_runs_without_the_layers": "and this",
+    "test_catalogue_holds": "and these",
+    "test_without_namespaces_an_executable": "and this",
     "test_workers_that_cannot_be_isolated_any_more": "without descriptors the runtime ends them, in its own words",
 }
 

@@ -103,6 +103,13 @@ std::optional<BadEnding> bad_ending(const Report& report, const Limits& limits, 
     return std::nullopt;
 }
 
+constexpr auto kNoMemoryForUs = "the kernel ended it for memory that its own cgroup had left";
+
+void note_end_at_memory_limit(Outcome& outcome) {
+    outcome.verdict = Verdict::OutOfMemory;
+    outcome.stopped_by = StoppedBy::MemoryLimit;
+}
+
 void note_status(Outcome& outcome, int wait_status) {
     if (WIFSIGNALED(wait_status)) {
         outcome.signal = WTERMSIG(wait_status);
@@ -242,6 +249,7 @@ struct WorkerSlot {
     pid_t pid = -1;
     UniqueFd socket;
     UniqueFd log;  // the worker's standard error
+    std::optional<MemoryCgroup> cgroup;
     unsigned failed_starts = 0;
     std::chrono::steady_clock::time_point start_at;  // Absent: not before
     std::chrono::steady_clock::time_point deadline;
@@ -259,12 +267,14 @@ struct WorkerSlot {
     std::vector<Outcome>& outcomes() const { return check ? check->outcomes : batch->outcomes[job_index]; }
 };
 
-Supervisor::Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing)
+Supervisor::Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing,
+                       const std::string& memory_cgroup)
     : command_(std::move(command)),
       allowed_missing_(allowed_missing),
       owner_(::getpid()),
       wake_up_(::eventfd(0, EFD_CLOEXEC)) {
     must(static_cast<bool>(wake_up_), "eventfd");
+    if (!memory_cgroup.empty()) memory_cgroups_.emplace(memory_cgroup);
     for (unsigned i = 0; i < workers; ++i) slots_.push_back(std::make_unique<WorkerSlot>());
     thread_ = std::thread([this] { supervise(); });
 }
@@ -412,6 +422,7 @@ void Supervisor::supervise() {
         fail_everything(std::string("the executor's supervisor failed: ") + error.what());
     }
     for (auto& slot : slots_) stop(*slot);
+    if (memory_cgroups_) memory_cgroups_->remove_all();
 }
 
 void Supervisor::wait_for_events() {
@@ -452,6 +463,7 @@ void Supervisor::start(WorkerSlot& slot) {
     slot.socket = UniqueFd(ends[0]);
     const UniqueFd theirs(ends[1]);
     slot.log = memory_file("worker log");
+    if (memory_cgroups_) slot.cgroup = memory_cgroups_->make();
     SpawnSettings settings;
     for (const int stream : {0, 1}) {
         ::posix_spawn_file_actions_addopen(&settings.actions, stream, "/dev/null", O_RDWR, 0);
@@ -462,6 +474,7 @@ void Supervisor::start(WorkerSlot& slot) {
         ::posix_spawn(&slot.pid, command_.arguments.front().c_str(), &settings.actions, &settings.attributes,
                       pointers(command_.arguments).data(), pointers(command_.environment).data());
     if (error) throw std::system_error(error, std::generic_category(), "start " + command_.arguments.front());
+    if (slot.cgroup) slot.cgroup->enter(slot.pid);
     slot.state = WorkerSlot::State::Starting;
     slot.deadline = Clock::now() + kStartPatience;
 }
@@ -472,6 +485,7 @@ void Supervisor::stop(WorkerSlot& slot) {
         while (::waitpid(slot.pid, nullptr, 0) < 0 && errno == EINTR) {
         }
     }
+    if (slot.cgroup && memory_cgroups_) memory_cgroups_->remove(*slot.cgroup);
     const auto failed_starts = slot.failed_starts;
     const auto start_at = slot.start_at;
     slot = WorkerSlot{};
@@ -497,6 +511,7 @@ void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
     slot.next_to_send = slot.next_to_report = job.first_test;
     slot.state = WorkerSlot::State::Busy;
     try {
+        if (slot.cgroup) slot.cgroup->limit(slot.job().limits);
         const auto source = sealed_file("solution.py", slot.job().program);
         const bool few_tests = slot.job().tests.size() - job.first_test <= kFewTests;
         const Request request{Request::Kind::Program, few_tests, slot.job().limits};
@@ -567,6 +582,9 @@ void Supervisor::handle(WorkerSlot& slot, const Message<Report>& report) {
             const bool slow = WTERMSIG(status) == SIGXCPU;
             outcome.verdict = slow ? Verdict::Timeout : Verdict::Exception;
             if (slow) outcome.stopped_by = StoppedBy::CpuLimit;
+            const auto killed = take_kill(slot.cgroup, status);
+            if (killed == MemoryCgroup::Kill::ForAnother) return handle_death(slot, kNoMemoryForUs);
+            if (killed == MemoryCgroup::Kill::AtOwnLimit) note_end_at_memory_limit(outcome);
             return handle_end_of_program(slot, outcome);
         }
         case Report::Kind::CannotIsolate:
@@ -590,6 +608,8 @@ void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
         return fail_everything("this machine does not give the isolation layers {" + missing +
                                "}: mend that, or accept it with allow_missing={" + missing + "}");
     }
+    if (slot.cgroup) slot.cgroup->note_rest();
+    if (memory_cgroups_) memory_cgroups_->remove_ended();  // that of the worker that this one replaces
     slot.failed_starts = 0;
     slot.state = WorkerSlot::State::Idle;
     ever_ready_ = true;
@@ -598,9 +618,12 @@ void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
 
 void Supervisor::handle_finished(WorkerSlot& slot, const Report& report) {
     if (slot.streams.empty()) return;
+    const auto killed = take_kill(slot.cgroup, report.wait_status);
+    if (killed == MemoryCgroup::Kill::ForAnother) return handle_death(slot, kNoMemoryForUs);
     const auto& job = slot.job();
     const auto& test = job.tests[slot.next_to_report];
     auto outcome = judge(report, slot.streams.front(), job, test, bare_memory_bytes_);
+    if (killed == MemoryCgroup::Kill::AtOwnLimit) note_end_at_memory_limit(outcome);
     const bool failed = outcome.verdict != Verdict::Passed;
     slot.streams.pop_front();
     slot.outcomes()[slot.next_to_report++] = std::move(outcome);
@@ -665,7 +688,9 @@ void Supervisor::make_idle(WorkerSlot& slot) {
 void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
     const bool starting = slot.state == WorkerSlot::State::Starting;
     const auto fault = "an executor worker failed: " + why;
-    if (slot.batch) {
+    if (slot.batch && is_ended_at_limit(slot.cgroup)) {
+        handle_death_at_memory_limit(slot);
+    } else if (slot.batch) {
         if (slot.attempts >= kMostAttempts) {
             fail_batch(*slot.batch, fault + " (" + std::to_string(slot.attempts) + " attempts)");
         } else {
@@ -675,6 +700,24 @@ void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
     stop(slot);
     ++restarts_;
     if (starting) handle_failed_start(slot, fault);
+}
+
+/// The kernel chose a process of ours, because the program held memory where no process is charged with it
+/// (in pipes, say). That is the program's doing; its further tests, if any, get another worker.
+void Supervisor::handle_death_at_memory_limit(WorkerSlot& slot) {
+    auto& outcome = slot.outcomes()[slot.next_to_report++];
+    outcome.signal = SIGKILL;
+    note_end_at_memory_limit(outcome);
+    const auto& job = slot.job();
+    if (slot.next_to_report < job.tests.size() && !job.stop_at_first_failure) {
+        queue_.push_front({slot.batch, slot.job_index, 0, slot.next_to_report, slot.check});
+        return;
+    }
+    WorkerSlot over;
+    over.batch = std::move(slot.batch);
+    over.check = std::move(slot.check);
+    over.job_index = slot.job_index;
+    finish_job(over);
 }
 
 /// Tries again a little later. After several failures what waits is given up, where no other worker is left

@@ -16,6 +16,7 @@
 #include "isolation.hpp"
 #include "judge.hpp"
 #include "limits.hpp"
+#include "memory_cgroup.hpp"
 #include "message.hpp"
 #include "unique_fd.hpp"
 
@@ -112,8 +113,10 @@ struct Check {
 /// thread may call. It never touches the interpreter of the process that it lives in.
 class Supervisor {
   public:
-    /// Starts the workers; `wait_until_ready` says when they are. Throws std::system_error.
-    Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing);
+    /// Starts the workers; `wait_until_ready` says when they are. Each gets a cgroup below `memory_cgroup`,
+    /// if that is not empty. Throws std::system_error.
+    Supervisor(WorkerCommand command, unsigned workers, std::uint32_t allowed_missing,
+               const std::string& memory_cgroup);
     ~Supervisor();
     Supervisor(const Supervisor&) = delete;
     Supervisor& operator=(const Supervisor&) = delete;
@@ -159,7 +162,7 @@ class Supervisor {
     void start_absent_workers();
     void start(WorkerSlot& slot);
     void handle_failed_start(WorkerSlot& slot, const std::string& fault);
-    static void stop(WorkerSlot& slot);
+    void stop(WorkerSlot& slot);
     void assign_jobs();
     void give(WorkerSlot& slot, QueuedJob job);
     static void send_tests(WorkerSlot& slot);
@@ -169,6 +172,7 @@ class Supervisor {
     void handle_finished(WorkerSlot& slot, const Report& report);
     void handle_end_of_program(WorkerSlot& slot, const Outcome& outcome);
     void handle_death(WorkerSlot& slot, const std::string& why);
+    void handle_death_at_memory_limit(WorkerSlot& slot);
     void finish_job(WorkerSlot& slot);
     void finish_check(WorkerSlot& slot);
     void make_idle(WorkerSlot& slot);
@@ -187,6 +191,7 @@ class Supervisor {
     std::mutex mutex_;
     std::condition_variable changed_;
     std::deque<QueuedJob> queue_;
+    std::optional<MemoryCgroups> memory_cgroups_;
     std::vector<std::unique_ptr<WorkerSlot>> slots_;
     LayerErrors layers_{};
     std::int64_t bare_memory_bytes_ = 0;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rlef_sandbox import _core
@@ -18,7 +19,9 @@ class Executor:
 
     `workers` is how many programs run at once (default: one per core that this process may use). `limits`
     holds for jobs that bring none. `allow_missing` names isolation layers that may be absent: without it a
-    machine that lacks one is refused.
+    machine that lacks one is refused. `memory_cgroup` is a cgroup's folder that this process may write: below
+    it the kernel ends programs at their memory limit, and counts what no process of theirs holds.
+    `check_memory_cgroup` finds one.
 
     Raises ValueError for bad arguments, SandboxFault when the workers cannot be started or isolated.
     """
@@ -29,14 +32,17 @@ class Executor:
         workers: int | None = None,
         limits: Limits | None = None,
         allow_missing: Collection[str] = (),
+        memory_cgroup: str | None = None,
     ) -> None:
         if workers is None:
             workers = len(os.sched_getaffinity(0))
         if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= _MOST_WORKERS:
             raise ValueError(f"workers is {workers!r}: give a whole number from 1 to {_MOST_WORKERS}")
+        if memory_cgroup is not None and not Path(memory_cgroup).is_absolute():
+            raise ValueError(f"memory_cgroup is {memory_cgroup!r}: give a cgroup's folder, from the root on")
         self._limits = limits or Limits()
         self._owner = os.getpid()
-        self._supervisor = start_workers(workers, allow_missing=allow_missing)
+        self._supervisor = start_workers(workers, allow_missing=allow_missing, memory_cgroup=memory_cgroup)
         try:
             self._try_out()
         except BaseException:

@@ -14,11 +14,13 @@ _FLAGS = ("-S", "-s", "-B", "-X", "utf8")  # no site-packages, no user folder, n
 _ENVIRONMENT = ("PYTHONHASHSEED=0", "LD_BIND_NOW=1")
 
 
-def start_workers(count: int, *, allow_missing: Collection[str]) -> _core.Supervisor:
+def start_workers(
+    count: int, *, allow_missing: Collection[str], memory_cgroup: str | None = None
+) -> _core.Supervisor:
     """Start `count` workers and wait until each is isolated.
 
     Raises ValueError for a name that is no layer, SandboxFault when a layer is missing that `allow_missing`
-    does not name, or when no worker can be started.
+    does not name, or when no worker can be started or put below `memory_cgroup`.
     """
     interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     script = Path(__file__).with_name("worker.py")
@@ -27,6 +29,7 @@ def start_workers(count: int, *, allow_missing: Collection[str]) -> _core.Superv
         environment=list(_ENVIRONMENT),
         workers=count,
         allowed_missing=mask_of(allow_missing),
+        memory_cgroup=memory_cgroup or "",
     )
     try:
         supervisor.wait_until_ready()

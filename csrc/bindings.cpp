@@ -14,6 +14,7 @@
 #include "filter.hpp"
 #include "isolation.hpp"
 #include "judge.hpp"
+#include "memory_cgroup.hpp"
 #include "policy.hpp"
 #include "supervisor.hpp"
 #include "worker.hpp"
@@ -30,6 +31,8 @@ constexpr std::array kVerdictNames = {"passed",       "wrong_output", "exception
 
 constexpr std::array<const char*, 6> kStoppedByNames = {nullptr,      "system_call_filter", "cpu_limit",
                                                         "wall_limit", "memory_limit",       "output_limit"};
+
+constexpr std::array<const char*, 3> kKillNames = {nullptr, "own_limit", "for_another"};
 
 constexpr std::array<std::string_view, 6> kWhenNames = {"always",   "equal",      "one_of",
                                                         "has_bits", "lacks_bits", "is_null"};
@@ -346,6 +349,18 @@ PYBIND11_MODULE(_core, module) {
         py::arg("own_pid"), py::arg("architecture"));
     module.def("compile_policy", compile_policy, py::arg("policy"));
 
+    py::class_<rlef::MemoryCgroup>(module, "MemoryCgroup")  // as tests use it
+        .def(py::init<std::string>(), py::arg("folder"))
+        .def("enter", &rlef::MemoryCgroup::enter, py::arg("process"))
+        .def("note_rest", &rlef::MemoryCgroup::note_rest)
+        .def(
+            "limit",
+            [](rlef::MemoryCgroup& cgroup, const py::object& limits) { cgroup.limit(limits_of(limits), 0); },
+            py::arg("limits"))
+        .def("take_kill", [](rlef::MemoryCgroup& cgroup) {
+            return kKillNames.at(static_cast<std::size_t>(cgroup.take_kill()));
+        });
+
     py::class_<Batch>(module, "Batch")
         .def("wait", &Batch::wait, py::arg("for_all"))
         .def("take", &Batch::take)
@@ -356,16 +371,16 @@ PYBIND11_MODULE(_core, module) {
     py::class_<rlef::Supervisor>(module, "Supervisor")
         .def(py::init([](std::vector<std::string> for_python, std::vector<std::string> for_commands,
                          const std::vector<std::string>& environment, unsigned workers,
-                         std::uint32_t allowed_missing) {
+                         std::uint32_t allowed_missing, const std::string& memory_cgroup) {
                  rlef::WorkerCommand python{std::move(for_python), environment};
                  rlef::WorkerCommand commands{std::move(for_commands), environment};
                  return or_fault([&] {
                      return std::make_unique<rlef::Supervisor>(std::move(python), std::move(commands),
-                                                               workers, allowed_missing);
+                                                               workers, allowed_missing, memory_cgroup);
                  });
              }),
              py::arg("for_python"), py::arg("for_commands"), py::arg("environment"), py::arg("workers"),
-             py::arg("allowed_missing"))
+             py::arg("allowed_missing"), py::arg("memory_cgroup"))
         .def("wait_until_ready",
              [](rlef::Supervisor& supervisor) {
                  wait_interruptibly([&](auto patience) { return supervisor.wait_until_ready(patience); });

@@ -28,6 +28,7 @@ constexpr auto kPauseAfterMostFailedStarts = 1s;
 constexpr std::size_t kTestsAhead = 2;  // one runs while the next already waits in the socket
 constexpr auto kCheckerFunction = "check";
 constexpr std::size_t kFewTests = 2;  // compile the program in each: cheaper than one more process
+constexpr std::int64_t kMostFileBytes = std::int64_t{1} << 58;  // that can be added up
 constexpr auto kStartPatience = 60s;
 constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, and a machine under load
 
@@ -104,6 +105,13 @@ std::optional<BadEnding> bad_ending(const Report& report, const Limits& limits, 
         return report.memory_error ? out_of_memory : BadEnding{Verdict::Exception, StoppedBy::Nothing};
     }
     return std::nullopt;
+}
+
+constexpr auto kNoMemoryForUs = "the kernel ended it for memory that its own cgroup had left";
+
+void note_end_at_memory_limit(Outcome& outcome) {
+    outcome.verdict = Verdict::OutOfMemory;
+    outcome.stopped_by = StoppedBy::MemoryLimit;
 }
 
 void note_status(Outcome& outcome, int wait_status) {
@@ -250,6 +258,12 @@ class SpawnSettings {
     posix_spawnattr_t attributes;
 };
 
+/// What a command's working folder may hold.
+std::int64_t memory_of_files(const Job& job) {
+    if (job.kind == ProgramKind::Python) return 0;
+    return static_cast<std::int64_t>(job.program.size()) + std::min(job.limits.file_bytes, kMostFileBytes);
+}
+
 ProgramKind other(ProgramKind kind) {
     return kind == ProgramKind::Python ? ProgramKind::Command : ProgramKind::Python;
 }
@@ -271,6 +285,7 @@ struct WorkerSlot {
     UniqueFd socket;
     UniqueFd log;  // the worker's standard error
     std::int64_t bare_memory_bytes = 0;
+    std::optional<MemoryCgroup> cgroup;
     unsigned failed_starts = 0;
     std::chrono::steady_clock::time_point start_at;  // Absent: not before
     std::chrono::steady_clock::time_point deadline;
@@ -289,7 +304,7 @@ struct WorkerSlot {
 };
 
 Supervisor::Supervisor(WorkerCommand for_python, WorkerCommand for_commands, unsigned workers,
-                       std::uint32_t allowed_missing)
+                       std::uint32_t allowed_missing, const std::string& memory_cgroup)
     : for_python_(std::move(for_python)),
       for_commands_(std::move(for_commands)),
       workers_(workers),
@@ -297,6 +312,7 @@ Supervisor::Supervisor(WorkerCommand for_python, WorkerCommand for_commands, uns
       owner_(::getpid()),
       wake_up_(::eventfd(0, EFD_CLOEXEC)) {
     must(static_cast<bool>(wake_up_), "eventfd");
+    if (!memory_cgroup.empty()) memory_cgroups_.emplace(memory_cgroup);
     for (const auto kind : {ProgramKind::Python, ProgramKind::Command}) {
         for (unsigned i = 0; i < workers; ++i) {
             slots_.push_back(std::make_unique<WorkerSlot>());
@@ -457,6 +473,7 @@ void Supervisor::supervise() {
         fail_everything(std::string("the executor's supervisor failed: ") + error.what());
     }
     for (auto& slot : slots_) stop(*slot);
+    if (memory_cgroups_) memory_cgroups_->remove_all();
 }
 
 void Supervisor::wait_for_events() {
@@ -502,6 +519,7 @@ void Supervisor::start(WorkerSlot& slot) {
     slot.socket = UniqueFd(ends[0]);
     const UniqueFd theirs(ends[1]);
     slot.log = memory_file("worker log");
+    if (memory_cgroups_) slot.cgroup = memory_cgroups_->make();
     SpawnSettings settings;
     for (const int stream : {0, 1}) {
         ::posix_spawn_file_actions_addopen(&settings.actions, stream, "/dev/null", O_RDWR, 0);
@@ -513,6 +531,7 @@ void Supervisor::start(WorkerSlot& slot) {
     const int error = ::posix_spawn(&slot.pid, executable.c_str(), &settings.actions, &settings.attributes,
                                     pointers(arguments).data(), pointers(environment).data());
     if (error) throw std::system_error(error, std::generic_category(), "start " + executable);
+    if (slot.cgroup) slot.cgroup->enter(slot.pid);
     slot.state = WorkerSlot::State::Starting;
     slot.deadline = Clock::now() + kStartPatience;
 }
@@ -523,6 +542,7 @@ void Supervisor::stop(WorkerSlot& slot) {
         while (::waitpid(slot.pid, nullptr, 0) < 0 && errno == EINTR) {
         }
     }
+    if (slot.cgroup && memory_cgroups_) memory_cgroups_->remove(*slot.cgroup);
     WorkerSlot absent;
     absent.kind = slot.kind;
     absent.failed_starts = slot.failed_starts;
@@ -565,6 +585,7 @@ void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
     slot.next_to_send = slot.next_to_report = job.first_test;
     slot.state = WorkerSlot::State::Busy;
     try {
+        if (slot.cgroup) slot.cgroup->limit(slot.job().limits, memory_of_files(slot.job()));
         const auto source = sealed_file("program", slot.job().program);
         const bool few_tests = slot.job().tests.size() - job.first_test <= kFewTests;
         const Request request{Request::Kind::Program, few_tests, slot.job().limits};
@@ -577,7 +598,9 @@ void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
 
 void Supervisor::send_tests(WorkerSlot& slot) {
     const auto& job = slot.job();
-    const std::size_t ahead = job.stop_at_first_failure ? 1 : kTestsAhead;
+    // What a command's processes did at the memory limit is known when the next test has not begun.
+    const bool one_by_one = job.stop_at_first_failure || (slot.cgroup && job.kind == ProgramKind::Command);
+    const std::size_t ahead = one_by_one ? 1 : kTestsAhead;
     while (slot.next_to_send < job.tests.size() && slot.streams.size() < ahead) {
         const auto input = sealed_file("input", job.tests[slot.next_to_send].input);
         Streams streams{memory_file("output"), memory_file("error"), {}};
@@ -639,6 +662,9 @@ void Supervisor::handle(WorkerSlot& slot, const Message<Report>& report) {
             const bool slow = WTERMSIG(status) == SIGXCPU;
             outcome.verdict = slow ? Verdict::Timeout : Verdict::Exception;
             if (slow) outcome.stopped_by = StoppedBy::CpuLimit;
+            const auto killed = take_kill(slot.cgroup, status);
+            if (killed == MemoryCgroup::Kill::ForAnother) return handle_death(slot, kNoMemoryForUs);
+            if (killed == MemoryCgroup::Kill::AtOwnLimit) note_end_at_memory_limit(outcome);
             return handle_end_of_program(slot, outcome);
         }
         case Report::Kind::CannotIsolate:
@@ -666,6 +692,8 @@ void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
         return fail_everything("this machine does not give the isolation layers {" + missing +
                                "}: mend that, or accept it with allow_missing={" + missing + "}");
     }
+    if (slot.cgroup) slot.cgroup->note_rest();
+    if (memory_cgroups_) memory_cgroups_->remove_ended();  // that of the worker that this one replaces
     slot.failed_starts = 0;
     slot.state = WorkerSlot::State::Idle;
     ever_ready_ = ever_ready_ || all_ready();
@@ -675,8 +703,12 @@ void Supervisor::handle_ready(WorkerSlot& slot, const Report& report) {
 void Supervisor::handle_finished(WorkerSlot& slot, const Report& report) {
     if (slot.streams.empty()) return;
     const auto& job = slot.job();
+    const auto killed = job.kind == ProgramKind::Command ? take_all_kills(slot.cgroup, report.wait_status)
+                                                         : take_kill(slot.cgroup, report.wait_status);
+    if (killed == MemoryCgroup::Kill::ForAnother) return handle_death(slot, kNoMemoryForUs);
     const auto& test = job.tests[slot.next_to_report];
     auto outcome = judge(report, slot.streams.front(), job, test, slot.bare_memory_bytes);
+    if (killed == MemoryCgroup::Kill::AtOwnLimit) note_end_at_memory_limit(outcome);
     const bool failed = outcome.verdict != Verdict::Passed;
     slot.streams.pop_front();
     slot.outcomes()[slot.next_to_report++] = std::move(outcome);
@@ -742,7 +774,9 @@ void Supervisor::make_idle(WorkerSlot& slot) {
 void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
     const bool starting = slot.state == WorkerSlot::State::Starting;
     const auto fault = "an executor worker failed: " + why;
-    if (slot.batch) {
+    if (slot.batch && is_ended_at_limit(slot.cgroup)) {
+        handle_death_at_memory_limit(slot);
+    } else if (slot.batch) {
         if (slot.attempts >= kMostAttempts) {
             fail_batch(*slot.batch, fault + " (" + std::to_string(slot.attempts) + " attempts)");
         } else {
@@ -752,6 +786,24 @@ void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
     stop(slot);
     ++restarts_;
     if (starting) handle_failed_start(slot, fault);
+}
+
+/// The kernel chose a process of ours, because the program held memory where no process is charged with it
+/// (in pipes, say). That is the program's doing; its further tests, if any, get another worker.
+void Supervisor::handle_death_at_memory_limit(WorkerSlot& slot) {
+    auto& outcome = slot.outcomes()[slot.next_to_report++];
+    outcome.signal = SIGKILL;
+    note_end_at_memory_limit(outcome);
+    const auto& job = slot.job();
+    if (slot.next_to_report < job.tests.size() && !job.stop_at_first_failure) {
+        queue_.push_front({slot.batch, slot.job_index, 0, slot.next_to_report, slot.check});
+        return;
+    }
+    WorkerSlot over;
+    over.batch = std::move(slot.batch);
+    over.check = std::move(slot.check);
+    over.job_index = slot.job_index;
+    finish_job(over);
 }
 
 /// Tries again a little later. After several failures what waits is given up, where no other worker is left

@@ -18,6 +18,7 @@
 #include "isolation.hpp"
 #include "judge.hpp"
 #include "limits.hpp"
+#include "memory_cgroup.hpp"
 #include "message.hpp"
 #include "unique_fd.hpp"
 
@@ -120,10 +121,10 @@ struct Check {
 class Supervisor {
   public:
     /// Starts the workers for Python; `wait_until_ready` says when they are. Those for commands are started
-    /// when there is a command to run. No more than `workers` of either kind are busy at once. Throws
-    /// std::system_error.
+    /// when there is a command to run. No more than `workers` of either kind are busy at once. Each gets a
+    /// cgroup below `memory_cgroup`, if that is not empty. Throws std::system_error.
     Supervisor(WorkerCommand for_python, WorkerCommand for_commands, unsigned workers,
-               std::uint32_t allowed_missing);
+               std::uint32_t allowed_missing, const std::string& memory_cgroup);
     ~Supervisor();
     Supervisor(const Supervisor&) = delete;
     Supervisor& operator=(const Supervisor&) = delete;
@@ -172,7 +173,7 @@ class Supervisor {
     void start_absent_workers();
     void start(WorkerSlot& slot);
     void handle_failed_start(WorkerSlot& slot, const std::string& fault);
-    static void stop(WorkerSlot& slot);
+    void stop(WorkerSlot& slot);
     bool is_wanted(const WorkerSlot& slot) const;
     WorkerSlot* idle_slot(ProgramKind kind);
     void assign_jobs();
@@ -184,6 +185,7 @@ class Supervisor {
     void handle_finished(WorkerSlot& slot, const Report& report);
     void handle_end_of_program(WorkerSlot& slot, const Outcome& outcome);
     void handle_death(WorkerSlot& slot, const std::string& why);
+    void handle_death_at_memory_limit(WorkerSlot& slot);
     void finish_job(WorkerSlot& slot);
     void finish_check(WorkerSlot& slot);
     void make_idle(WorkerSlot& slot);
@@ -204,6 +206,7 @@ class Supervisor {
     std::mutex mutex_;
     std::condition_variable changed_;
     std::deque<QueuedJob> queue_;
+    std::optional<MemoryCgroups> memory_cgroups_;
     std::vector<std::unique_ptr<WorkerSlot>> slots_;  // those for Python first
     LayerErrors layers_{};
     std::atomic<bool> has_commands_{false};  // there was one to run

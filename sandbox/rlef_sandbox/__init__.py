@@ -1,7 +1,7 @@
 """Run Python programs that nobody has read on standard-input tests, isolated and fast."""
 
 from rlef_sandbox.batch import Batch
-from rlef_sandbox.checks import LayerReport, check
+from rlef_sandbox.checks import LayerReport, MemoryCgroupReport, check, check_memory_cgroup
 from rlef_sandbox.executor import Executor
 from rlef_sandbox.judges import outputs_match
 from rlef_sandbox.layers import NAMESPACES, Layer
@@ -32,6 +32,7 @@ __all__ = [
     "Layer",
     "LayerReport",
     "Limits",
+    "MemoryCgroupReport",
     "Result",
     "SandboxFault",
     "StoppedBy",
@@ -39,5 +40,6 @@ __all__ = [
     "Tokens",
     "Verdict",
     "check",
+    "check_memory_cgroup",
     "outputs_match",
 ]

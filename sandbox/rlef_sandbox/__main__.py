@@ -9,7 +9,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from rlef_sandbox import Executor, Judge, Limits, Result, SandboxFault, Test, Verdict, check
+from rlef_sandbox import (
+    Executor,
+    Judge,
+    Limits,
+    Result,
+    SandboxFault,
+    Test,
+    Verdict,
+    check,
+    check_memory_cgroup,
+)
 from rlef_sandbox.measure import Baseline, Measurement, Row, measure
 
 _LIMITS = {"cpu_s": float, "wall_s": float, "memory_bytes": int, "processes": int, "output_bytes": int}
@@ -47,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in _LIMITS.items():
         running.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"Limits.{name}")
     _add_allow_missing(running)
+    running.add_argument("--memory-cgroup", metavar="FOLDER", help="a cgroup below which to limit its memory")
     running.add_argument("--json", action="store_true", help="the whole result as JSON on standard output")
     running.set_defaults(command=_run)
 
@@ -77,13 +88,18 @@ def _add_allow_missing(parser: argparse.ArgumentParser) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     reports = check()
+    cgroup = check_memory_cgroup()
     if arguments.json:
-        print(json.dumps({"layers": [asdict(report) for report in reports]}))
+        layers = [asdict(report) for report in reports]
+        print(json.dumps({"layers": layers, "memory_cgroup": asdict(cgroup)}))
         return 0
     width = max(len(report.layer.value) for report in reports)
     for report in reports:
         state = "given" if report.given else f"missing ({report.reason}): {report.loss}"
         print(f"{report.layer.value:{width}}  {state}")
+    found = f"found: memory_cgroup={cgroup.folder!r} makes use of it"
+    state = found if cgroup.folder else f"none ({cgroup.reason})"
+    print(f"{'memory_cgroup':{width}}  {state}. Without it, {cgroup.loss}")
     return 0
 
 
@@ -94,7 +110,12 @@ def _run(arguments: argparse.Namespace) -> int:
     expected = _text(arguments.expected) if arguments.expected else None
     judge: Judge = arguments.judge
     limits = Limits(**given)
-    with Executor(workers=1, limits=limits, allow_missing=arguments.allow_missing) as executor:
+    with Executor(
+        workers=1,
+        limits=limits,
+        allow_missing=arguments.allow_missing,
+        memory_cgroup=arguments.memory_cgroup,
+    ) as executor:
         [result] = executor.run(source, [Test(stdin, expected or "")], judge=judge)
     ended_well = expected is None and result.verdict in {Verdict.PASSED, Verdict.WRONG_OUTPUT}
     verdict = "ended well" if ended_well else result.verdict.value

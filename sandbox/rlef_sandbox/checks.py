@@ -1,4 +1,4 @@
-"""Which layers of isolation this machine gives."""
+"""Which layers of isolation this machine gives, and whether it gives a memory cgroup."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from rlef_sandbox.layers import Layer
+from rlef_sandbox.memory_cgroup import NoMemoryCgroup, own_memory_cgroup
+from rlef_sandbox.records import SandboxFault
 from rlef_sandbox.workers import start_workers
 
 _LOSS: Final = {
@@ -30,6 +32,15 @@ class LayerReport:
     loss: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryCgroupReport:
+    """A folder for `Executor(memory_cgroup=...)`, or why there is none, and what is lost without it."""
+
+    folder: str | None
+    reason: str  # why not; empty when there is one
+    loss: str
+
+
 def check() -> list[LayerReport]:
     """Start one worker and report what it got. Raises SandboxFault when none can be started at all."""
     supervisor = start_workers(1, allow_missing=list(Layer))
@@ -44,3 +55,14 @@ def check() -> list[LayerReport]:
         )
         for name, error in errors
     ]
+
+
+def check_memory_cgroup() -> MemoryCgroupReport:
+    """Look for a memory cgroup at and above this process's own, and try it out with a worker."""
+    loss = "memory use above the limit is found out when the program ends, and only what is resident counts"
+    try:
+        folder = own_memory_cgroup()
+        start_workers(1, allow_missing=list(Layer), memory_cgroup=folder).close()
+    except (NoMemoryCgroup, SandboxFault) as error:
+        return MemoryCgroupReport(folder=None, reason=str(error), loss=loss)
+    return MemoryCgroupReport(folder=folder, reason="", loss=loss)

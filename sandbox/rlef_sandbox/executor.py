@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rlef_sandbox import _core
@@ -19,6 +20,8 @@ class Executor:
     `workers` is how many programs run at once (default: one per core that this process may use). `limits`
     holds for jobs that bring none. `allow_missing` names isolation layers that may be absent: without it a
     machine that lacks one is refused. `readable` are paths that a `Command` may read besides the system's.
+    `memory_cgroup` is a cgroup's folder that this process may write: below it the kernel ends programs at
+    their memory limit, and counts what no process of theirs holds. `check_memory_cgroup` finds one.
 
     Raises ValueError for bad arguments, SandboxFault when the workers cannot be started or isolated.
     """
@@ -30,14 +33,19 @@ class Executor:
         limits: Limits | None = None,
         allow_missing: Collection[str] = (),
         readable: Collection[str] = (),
+        memory_cgroup: str | None = None,
     ) -> None:
         if workers is None:
             workers = len(os.sched_getaffinity(0))
         if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= _MOST_WORKERS:
             raise ValueError(f"workers is {workers!r}: give a whole number from 1 to {_MOST_WORKERS}")
+        if memory_cgroup is not None and not Path(memory_cgroup).is_absolute():
+            raise ValueError(f"memory_cgroup is {memory_cgroup!r}: give a cgroup's folder, from the root on")
         self._limits = limits or Limits()
         self._owner = os.getpid()
-        self._supervisor = start_workers(workers, allow_missing=allow_missing, readable=readable)
+        self._supervisor = start_workers(
+            workers, allow_missing=allow_missing, readable=readable, memory_cgroup=memory_cgroup
+        )
         try:
             self._try_out()
         except BaseException:

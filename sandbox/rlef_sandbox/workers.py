@@ -33,12 +33,16 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 def start_workers(
-    count: int, *, allow_missing: Collection[str], readable: Collection[str] = ()
+    count: int,
+    *,
+    allow_missing: Collection[str],
+    readable: Collection[str] = (),
+    memory_cgroup: str | None = None,
 ) -> _core.Supervisor:
     """Start `count` workers and wait until each is isolated. Commands may read the paths `readable`, too.
 
     Raises ValueError for a name that is no layer, SandboxFault when a layer is missing that `allow_missing`
-    does not name, or when no worker can be started.
+    does not name, or when no worker can be started or put below `memory_cgroup`.
     """
     interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     script = Path(__file__).with_name("worker.py")
@@ -49,6 +53,7 @@ def start_workers(
         environment=list(_ENVIRONMENT),
         workers=count,
         allowed_missing=mask_of(allow_missing),
+        memory_cgroup=memory_cgroup or "",
     )
     try:
         supervisor.wait_until_ready()

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
-from rlef_sandbox import Executor, Judge, Limits, Result, Test
+from rlef_sandbox import Executor, Judge, Limits, Result, Test, check_memory_cgroup
+from tests.sandbox.processes import wait_until
 
 RunOnce = Callable[..., Result]
 
@@ -18,6 +20,32 @@ def open_folder() -> Iterator[Path]:
         folder = Path(name)
         folder.chmod(0o755)
         yield folder
+
+
+@pytest.fixture(scope="package")
+def usable_memory_cgroup() -> Path:
+    """Skips where there is none, in CI too: no setting of a container gives one, only its host can."""
+    report = check_memory_cgroup()
+    if report.folder is None:
+        pytest.skip(f"this machine gives no memory cgroup: {report.reason}")
+    return Path(report.folder)
+
+
+@pytest.fixture
+def memory_cgroup(usable_memory_cgroup: Path) -> Iterator[Path]:
+    """A memory cgroup of the test's own."""
+    folder = usable_memory_cgroup / f"tests-of-rlef-{os.getpid()}"
+    folder.mkdir()
+    if not (folder / "memory.limit_in_bytes").exists():
+        (folder / "cgroup.subtree_control").write_text("+memory")
+    try:
+        yield folder
+    finally:
+        if folder.exists():
+            wait_until(lambda: not (folder / "cgroup.procs").read_text())
+            for left in folder.glob("rlef-*"):
+                left.rmdir()
+            folder.rmdir()
 
 
 @pytest.fixture(scope="package")

@@ -29,6 +29,7 @@ LEFT_OUT = {
     "test_catalogue_holds": "and these",
     "test_without_namespaces_an_executable": "and this",
     "test_workers_that_cannot_be_isolated_any_more": "without descriptors the runtime ends them, in its own words",
+    "charges_it_with_more[512": "shadow memory is an eighth of what is held, and counts",
 }
 
 

@@ -36,16 +36,18 @@ def test_this_machine_gives_every_layer():
     assert [report.layer for report in check() if not report.given] == []
 
 
-def test_check_prints_a_line_per_layer_and_json():
+def test_check_prints_a_line_per_layer_one_of_the_memory_cgroup_and_json():
     command = [sys.executable, "-m", "rlef_sandbox", "check"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     data = json.loads(
         subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
     )
 
-    assert [line.split()[0] for line in text.splitlines()] == [layer.value for layer in Layer]
+    *layers, cgroup = [line.split()[0] for line in text.splitlines()]
+    assert (layers, cgroup) == ([layer.value for layer in Layer], "memory_cgroup")
     assert [row["layer"] for row in data["layers"]] == [layer.value for layer in Layer]
     assert all(row["given"] for row in data["layers"])
+    assert (data["memory_cgroup"]["folder"] is None) == bool(data["memory_cgroup"]["reason"])
 
 
 def test_missing_layers_are_an_error_that_names_them():

@@ -291,7 +291,7 @@ def test_process_that_was_ended_at_the_limit_is_no_verdict_for_the_next_test(mem
     with Executor(workers=1, memory_cgroup=str(memory_cgroup)) as single:
         results = single.run(unimpressed, [Test("500", ""), Test("-100", "")], limits=short)
 
-    assert [result.verdict for result in results] == [Verdict.PASSED, Verdict.TIMEOUT]
+    assert [result.verdict for result in results] == [Verdict.OUT_OF_MEMORY, Verdict.TIMEOUT]
 
 
 def test_what_a_command_writes_has_room_of_its_own(memory_cgroup):

@@ -263,8 +263,9 @@ int main(int count, char**) {
 
 
 @pytest.fixture(scope="module")
-def hold(executor: Executor) -> Command:
-    return Command(["./program"], files={"program": compiled(executor, HOLD)}, may_fork=True)
+def hold() -> Command:
+    with Executor(workers=1) as own:  # the shared one has no worker for commands, which some tests count on
+        return Command(["./program"], files={"program": compiled(own, HOLD)}, may_fork=True)
 
 
 @pytest.mark.parametrize("count", [FEW, MANY])

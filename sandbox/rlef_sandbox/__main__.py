@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rlef_sandbox import (
+    Command,
     Executor,
     Judge,
     Limits,
@@ -22,7 +23,14 @@ from rlef_sandbox import (
 )
 from rlef_sandbox.measure import Baseline, Measurement, Row, measure
 
-_LIMITS = {"cpu_s": float, "wall_s": float, "memory_bytes": int, "processes": int, "output_bytes": int}
+_LIMITS = {
+    "cpu_s": float,
+    "wall_s": float,
+    "memory_bytes": int,
+    "processes": int,
+    "output_bytes": int,
+    "file_bytes": int,
+}
 
 
 def main() -> int:
@@ -44,22 +52,28 @@ def _parser() -> argparse.ArgumentParser:
     checking.set_defaults(command=_check)
 
     running = commands.add_parser(
-        "run",
-        help="run a Python program as the executor does",
-        description="Shows what the program printed, and on standard error the verdict. The exit status is 0 "
-        "when the program passed (or, without --expected, ended well), 1 when not, and 2 when nothing could "
-        "be run.",
+        "run", help="run a Python program as the executor does", description=_WHAT_IS_SHOWN
     )
     running.add_argument("program", type=Path, metavar="FILE", help="the program; - reads standard input")
-    running.add_argument("--input", type=Path, metavar="FILE", help="its standard input (default: none)")
-    running.add_argument("--expected", type=Path, metavar="FILE", help="the output to compare with")
-    running.add_argument("--judge", choices=["code_contests", "exact", "tokens"], default="code_contests")
-    for name, kind in _LIMITS.items():
-        running.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"Limits.{name}")
-    _add_allow_missing(running)
-    running.add_argument("--memory-cgroup", metavar="FOLDER", help="a cgroup below which to limit its memory")
-    running.add_argument("--json", action="store_true", help="the whole result as JSON on standard output")
+    _add_options_of_a_run(running)
     running.set_defaults(command=_run)
+
+    executing = commands.add_parser(
+        "exec",
+        help="run any command as the executor does",
+        usage="python -m rlef_sandbox exec [option ...] -- EXECUTABLE [ARGUMENT ...]",
+        description=_WHAT_IS_SHOWN,
+    )
+    executing.add_argument("arguments", nargs="+", metavar="EXECUTABLE", help="and its arguments, after --")
+    executing.add_argument(
+        "--file", action="append", default=[], type=Path, metavar="FILE", help="to be in its working folder"
+    )
+    executing.add_argument("--may-fork", action="store_true", help="let it start processes")
+    executing.add_argument(
+        "--readable", action="append", default=[], metavar="PATH", help="what it may read of the machine, too"
+    )
+    _add_options_of_a_run(executing)
+    executing.set_defaults(command=_execute)
 
     measuring = commands.add_parser(
         "bench",
@@ -78,6 +92,23 @@ def _parser() -> argparse.ArgumentParser:
     measuring.add_argument("--json", action="store_true", help="as JSON")
     measuring.set_defaults(command=_bench)
     return parser
+
+
+_WHAT_IS_SHOWN = (
+    "Shows what the program printed, and on standard error the verdict. The exit status is 0 when it passed "
+    "(or, without --expected, ended well), 1 when not, and 2 when nothing could be run."
+)
+
+
+def _add_options_of_a_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, metavar="FILE", help="its standard input (default: none)")
+    parser.add_argument("--expected", type=Path, metavar="FILE", help="the output to compare with")
+    parser.add_argument("--judge", choices=["code_contests", "exact", "tokens"], default="code_contests")
+    for name, kind in _LIMITS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"Limits.{name}")
+    _add_allow_missing(parser)
+    parser.add_argument("--memory-cgroup", metavar="FOLDER", help="a cgroup below which to limit its memory")
+    parser.add_argument("--json", action="store_true", help="the whole result as JSON on standard output")
 
 
 def _add_allow_missing(parser: argparse.ArgumentParser) -> None:
@@ -105,25 +136,35 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     source = sys.stdin.read() if str(arguments.program) == "-" else _text(arguments.program)
+    return _run_once(arguments, source)
+
+
+def _execute(arguments: argparse.Namespace) -> int:
+    files = {file.name: file.read_bytes() for file in arguments.file}
+    command = Command(arguments.arguments, files=files, may_fork=arguments.may_fork)
+    return _run_once(arguments, command, readable=arguments.readable)
+
+
+def _run_once(arguments: argparse.Namespace, program: str | Command, *, readable: Sequence[str] = ()) -> int:
     given = {name: getattr(arguments, name) for name in _LIMITS if getattr(arguments, name) is not None}
     stdin = arguments.input.read_bytes() if arguments.input else b""
-    expected = _text(arguments.expected) if arguments.expected else None
-    judge: Judge = arguments.judge
-    limits = Limits(**given)
+    expected = _text(arguments.expected) if arguments.expected else ""
+    judge: Judge = arguments.judge if arguments.expected else "any"
     with Executor(
         workers=1,
-        limits=limits,
+        limits=Limits(**given),
         allow_missing=arguments.allow_missing,
+        readable=readable,
         memory_cgroup=arguments.memory_cgroup,
     ) as executor:
-        [result] = executor.run(source, [Test(stdin, expected or "")], judge=judge)
-    ended_well = expected is None and result.verdict in {Verdict.PASSED, Verdict.WRONG_OUTPUT}
-    verdict = "ended well" if ended_well else result.verdict.value
+        [result] = executor.run(program, [Test(stdin, expected)], judge=judge)
+    passed = result.verdict is Verdict.PASSED
+    verdict = "ended well" if passed and not arguments.expected else result.verdict.value
     if arguments.json:
         print(json.dumps(asdict(result) | {"verdict": verdict}))
     else:
         _show(result, verdict)
-    return 0 if ended_well or result.verdict is Verdict.PASSED else 1
+    return 0 if passed else 1
 
 
 def _show(result: Result, verdict: str) -> None:

@@ -82,6 +82,38 @@ def test_run_gives_the_whole_result_as_json(files: Path):
     assert done.stderr == ""
 
 
+def test_exec_runs_a_command_with_files_in_its_folder(files: Path):
+    script = "cat input; read sum; echo $sum; exit 4"
+    done = call(
+        "exec",
+        "--may-fork",
+        "--file",
+        files / "input",
+        "--input",
+        files / "right",
+        "--",
+        "/bin/sh",
+        "-c",
+        script,
+    )
+
+    assert (done.returncode, done.stdout) == (1, "2 3\n5\n")
+    assert done.stderr.startswith("exception, exit status 4, ")
+
+
+@pytest.mark.parametrize(("expected", "status"), [("right", 0), ("wrong", 1)])
+def test_exec_compares_with_an_expected_output(files: Path, expected: str, status: int):
+    assert call("exec", "--expected", files / expected, "--", "/bin/echo", "5").returncode == status
+
+
+def test_exec_lets_a_command_write_and_read_what_it_is_told_to(open_folder: Path):
+    (open_folder / "add.py").write_text(ADD)
+    command = ["/bin/sh", "-c", f"cat {open_folder}/add.py > copy; cat copy"]
+    done = call("exec", "--may-fork", "--readable", open_folder, "--file-bytes", "4096", "--", *command)
+
+    assert (done.returncode, done.stdout) == (0, ADD)
+
+
 def test_bench_gives_its_figures_as_json():
     done = call("bench", "--seconds", "0.01", "--json")
 
@@ -128,6 +160,9 @@ def test_bench_runs_without_the_layers_that_it_is_told_to_do_without(open_folder
         (("run", "nowhere.py"), "No such file or directory: 'nowhere.py'"),
         (("run", "-", "--memory-bytes", "5"), "memory_bytes is 5: give a whole number of at least"),
         (("run", "-", "--allow-missing", "magic"), "allow_missing names 'magic': the layers are"),
+        (("exec", "--", "ls"), "arguments[0] is 'ls': give an absolute path, or './name'"),
+        (("exec", "--", "/bin/nowhere"), "cannot execute /bin/nowhere: No such file or directory"),
+        (("exec", "--file", "nowhere", "--", "./nowhere"), "No such file or directory: 'nowhere'"),
         (("bench", "--allow-missing", "magic"), "allow_missing names 'magic': the layers are"),
         (("bench", "--workers", "0"), "workers is 0: give a whole number from 1 to"),
         (("bench", "--seconds", "0"), "seconds is 0.0: give a number in (0, 3600]"),

@@ -5,15 +5,15 @@
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
-#include <string.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include <algorithm>
 #include <system_error>
+
+#include "memory_file.hpp"
+#include "verdict.hpp"
 
 namespace rlef {
 namespace {
@@ -26,11 +26,11 @@ constexpr unsigned kMostFailedStarts = 3;  // in a row
 constexpr auto kPauseAfterFailedStart = 100ms;
 constexpr auto kPauseAfterMostFailedStarts = 1s;
 constexpr std::size_t kTestsAhead = 2;  // one runs while the next already waits in the socket
-constexpr auto kCheckerFunction = "check";
-constexpr std::size_t kFewTests = 2;  // compile the program in each: cheaper than one more process
+constexpr std::size_t kFewTests = 2;    // compile the program in each: cheaper than one more process
 constexpr std::int64_t kMostFileBytes = std::int64_t{1} << 58;  // that can be added up
 constexpr auto kStartPatience = 60s;
 constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, and a machine under load
+constexpr auto kNoMemoryForUs = "the kernel ended it for memory that its own cgroup had left";
 
 [[noreturn]] void fail(const char* what) {
     throw std::system_error(errno, std::generic_category(), what);
@@ -38,191 +38,6 @@ constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, a
 
 void must(bool succeeded, const char* what) {
     if (!succeeded) fail(what);
-}
-
-/// An anonymous file. Its offset stays at the beginning, where the program will read or write.
-UniqueFd memory_file(const char* name, unsigned flags = 0) {
-    UniqueFd file(::memfd_create(name, MFD_CLOEXEC | flags));
-    must(static_cast<bool>(file), "memfd_create");
-    return file;
-}
-
-/// A file that nobody can change any more.
-UniqueFd sealed_file(const char* name, std::string_view text) {
-    auto file = memory_file(name, MFD_ALLOW_SEALING);
-    for (std::size_t at = 0; at < text.size();) {
-        const ssize_t size = ::pwrite(file.get(), text.data() + at, text.size() - at, static_cast<off_t>(at));
-        must(size > 0 || errno == EINTR, "write a test's input");
-        if (size > 0) at += static_cast<std::size_t>(size);
-    }
-    constexpr int kSeals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
-    must(::fcntl(file.get(), F_ADD_SEALS, kSeals) == 0, "seal a test's input");
-    return file;
-}
-
-std::size_t size_of(const UniqueFd& file) {
-    struct stat facts{};
-    must(::fstat(file.get(), &facts) == 0, "fstat");
-    return static_cast<std::size_t>(facts.st_size);
-}
-
-std::string read_range(const UniqueFd& file, std::size_t begin, std::size_t end) {
-    std::string text(end - begin, '\0');
-    for (std::size_t at = 0; at < text.size();) {
-        const ssize_t size = ::pread(file.get(), &text[at], text.size() - at, static_cast<off_t>(begin + at));
-        must(size > 0 || errno == EINTR, "read a program's output");
-        if (size > 0) at += static_cast<std::size_t>(size);
-    }
-    return text;
-}
-
-struct Streams {
-    UniqueFd out;
-    UniqueFd err;
-    UniqueFd files;  // of a command: what it left
-};
-
-struct BadEnding {
-    Verdict verdict;
-    StoppedBy stopped_by;
-};
-
-/// The verdict that needs no look at the output. Empty when the program ended well.
-std::optional<BadEnding> bad_ending(const Report& report, const Limits& limits, std::int64_t bare_memory,
-                                    std::int64_t output_bytes) {
-    const bool signalled = WIFSIGNALED(report.wait_status);
-    const int signal = signalled ? WTERMSIG(report.wait_status) : 0;
-    const BadEnding out_of_memory{Verdict::OutOfMemory, StoppedBy::MemoryLimit};
-    if (signal == SIGSYS) return BadEnding{Verdict::Security, StoppedBy::SystemCallFilter};
-    if (signal == SIGXFSZ || output_bytes > limits.output_bytes)
-        return BadEnding{Verdict::OutputLimit, StoppedBy::OutputLimit};
-    if (report.peak_memory_bytes > bare_memory + limits.memory_bytes) return out_of_memory;
-    if (report.stopped == Report::Stopped::CpuTime || signal == SIGXCPU || report.cpu_ns > limits.cpu_ns) {
-        return BadEnding{Verdict::Timeout, StoppedBy::CpuLimit};
-    }
-    if (report.stopped == Report::Stopped::WallTime) return BadEnding{Verdict::Timeout, StoppedBy::WallLimit};
-    if (signalled || WEXITSTATUS(report.wait_status) != 0) {
-        return report.memory_error ? out_of_memory : BadEnding{Verdict::Exception, StoppedBy::Nothing};
-    }
-    return std::nullopt;
-}
-
-constexpr auto kNoMemoryForUs = "the kernel ended it for memory that its own cgroup had left";
-
-void note_end_at_memory_limit(Outcome& outcome) {
-    outcome.verdict = Verdict::OutOfMemory;
-    outcome.stopped_by = StoppedBy::MemoryLimit;
-}
-
-void note_status(Outcome& outcome, int wait_status) {
-    if (WIFSIGNALED(wait_status)) {
-        outcome.signal = WTERMSIG(wait_status);
-    } else {
-        outcome.exit_code = WEXITSTATUS(wait_status);
-    }
-}
-
-void cut_output(Outcome& outcome, const Limits& limits) {
-    const auto kept = static_cast<std::size_t>(limits.kept_output_bytes);
-    if (outcome.out.size() > kept) outcome.out.resize(kept);
-}
-
-Outcome judge(const Report& report, const Streams& streams, const Job& job, const TestCase& test,
-              std::int64_t bare_memory) {
-    Outcome outcome;
-    note_status(outcome, report.wait_status);
-    outcome.cpu_ns = report.cpu_ns;
-    outcome.wall_ns = report.wall_ns;
-    outcome.peak_memory_bytes = report.peak_memory_bytes;
-    const auto kept = static_cast<std::size_t>(job.limits.kept_output_bytes);
-    const auto out_size = size_of(streams.out);
-    const auto err_size = size_of(streams.err);
-    const auto most_output = static_cast<std::int64_t>(std::max(out_size, err_size));
-    const auto ending = bad_ending(report, job.limits, bare_memory, most_output);
-    outcome.out = read_range(streams.out, 0, ending ? std::min(kept, out_size) : out_size);
-    if (ending) {
-        outcome.verdict = ending->verdict;
-        outcome.stopped_by = ending->stopped_by;
-    } else {
-        const bool accepted = !job.checker.empty() ||  // for the time being
-                              outputs_match(job.judge, test.expected_output, outcome.out);
-        outcome.verdict = accepted ? Verdict::Passed : Verdict::WrongOutput;
-        if (job.checker.empty()) cut_output(outcome, job.limits);
-    }
-    outcome.out_truncated = out_size > kept;
-    outcome.err = read_range(streams.err, err_size - std::min(kept, err_size), err_size);
-    outcome.err_truncated = err_size > kept;
-    if (streams.files && size_of(streams.files) > 0) {
-        outcome.files = decode_files(read_range(streams.files, 0, size_of(streams.files)));
-    }
-    return outcome;
-}
-
-/// What every test of a program says that could not be compiled.
-Outcome not_compiled(const Message<Report>& report) {
-    Outcome outcome;
-    outcome.verdict = report.header.syntax_error   ? Verdict::SyntaxError
-                      : report.header.memory_error ? Verdict::OutOfMemory
-                                                   : Verdict::Exception;
-    if (outcome.verdict == Verdict::OutOfMemory) outcome.stopped_by = StoppedBy::MemoryLimit;
-    outcome.exit_code = 1;
-    outcome.err = report.text;
-    return outcome;
-}
-
-/// What the job's checker has to look at; null when the job has none, or no test that ended well.
-std::shared_ptr<Check> check_of(const Job& job, const std::vector<Outcome>& outcomes) {
-    if (job.checker.empty()) return nullptr;
-    const auto check = std::make_shared<Check>();
-    const auto* const function = job.checker_kind == ProgramKind::Python ? kCheckerFunction : "";
-    check->job = {job.checker_kind, job.checker, function, {}, job.checker_limits, false, {}, {}, {}, {}};
-    for (std::size_t i = 0; i < outcomes.size(); ++i) {
-        if (outcomes[i].verdict != Verdict::Passed) continue;
-        check->tests.push_back(i);
-        check->job.tests.push_back(job.tests[i]);
-        check->outputs.push_back(outcomes[i].out);
-    }
-    check->outcomes.resize(check->tests.size());
-    return check->tests.empty() ? nullptr : check;
-}
-
-std::string last_line(std::string text) {
-    while (!text.empty() && text.back() == '\n') text.pop_back();
-    return text.substr(text.rfind('\n') + 1);
-}
-
-/// Whether a checker accepts; empty when it said neither yes nor no. A command speaks by its exit status, as
-/// programs made with testlib do.
-std::optional<bool> word_of(ProgramKind kind, const Outcome& checker) {
-    if (checker.stopped_by != StoppedBy::Nothing || !checker.exit_code) return std::nullopt;
-    if (kind == ProgramKind::Command) {
-        constexpr int kWrongAnswer = 1, kPresentationError = 2, kDirt = 4, kUnexpectedEnd = 8;
-        const int status = *checker.exit_code;
-        if (status == 0) return true;
-        for (const int wrong : {kWrongAnswer, kPresentationError, kDirt, kUnexpectedEnd}) {
-            if (status == wrong) return false;
-        }
-        return std::nullopt;
-    }
-    if (*checker.exit_code == 0 && checker.out == "true\n") return true;
-    if (*checker.exit_code == 0 && checker.out == "false\n") return false;
-    return std::nullopt;
-}
-
-/// What a checker did that said neither yes nor no.
-std::string misconduct(ProgramKind kind, const Outcome& checker) {
-    if (checker.signal) return "it was ended by signal " + std::to_string(*checker.signal);
-    const auto status = "its exit status is " + std::to_string(checker.exit_code.value_or(0));
-    const auto error = last_line(checker.err);
-    if (kind == ProgramKind::Command) return error.empty() ? status : status + ": " + error;
-    if (checker.exit_code == 0) return "it must return True or False, not " + last_line(checker.out);
-    return error.empty() ? status : error;
-}
-
-void skip_after_failure(std::vector<Outcome>& outcomes) {
-    const auto failed = std::find_if(outcomes.begin(), outcomes.end(),
-                                     [](const auto& outcome) { return outcome.verdict != Verdict::Passed; });
-    if (failed != outcomes.end()) std::fill(std::next(failed), outcomes.end(), Outcome{});
 }
 
 std::vector<char*> pointers(const std::vector<std::string>& strings) {
@@ -651,7 +466,7 @@ void Supervisor::handle(WorkerSlot& slot, const Message<Report>& report) {
         case Report::Kind::Finished:
             return handle_finished(slot, report.header);
         case Report::Kind::NotCompiled:
-            return handle_end_of_program(slot, not_compiled(report));
+            return handle_end_of_program(slot, not_compiled(report, slot.job().limits));
         case Report::Kind::Died: {
             const int status = report.header.wait_status;
             if (report.header.compiled || !WIFSIGNALED(status)) {

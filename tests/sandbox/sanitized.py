@@ -29,7 +29,14 @@ LEFT_OUT = {
     "test_catalogue_holds": "and these",
     "test_without_namespaces_an_executable": "and this",
     "test_workers_that_cannot_be_isolated_any_more": "without descriptors the runtime ends them, in its own words",
-    "charges_it_with_more[512": "shadow memory is an eighth of what is held, and counts",
+    "charges_it_with_more[": "shadow memory is an eighth of what is held, and counts",
+    "test_thousands_of_runs_leave_no_charge": "shadow memory is charged too",
+    "test_limit_further_up_is_a_fault": "and so it is here",
+    "using_up-multiply_huge_integers": "with shadow memory it passes another limit first",
+    "using_up-keep_small_objects_without_end": "so does this",
+    "using_up-recurse_past_the_memory_limit": "the runtime reports the fault that the program makes on purpose",
+    "signals-read_from_nowhere": "here too",
+    "reading-find_the_caller's_environment": "the runtime is preloaded by an environment variable",
 }
 
 

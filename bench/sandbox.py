@@ -26,7 +26,6 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -236,15 +235,15 @@ def scaling(rounds: int) -> float:
     """Wall time with one worker over that with two, 20 tests per program."""
     if len(os.sched_getaffinity(0)) < 2:
         return float("nan")
+    jobs = jobs_of(100, 20)
     with Executor(workers=1) as one, Executor(workers=2) as two:
         ratios = []
-        for _ in range(rounds):
-            seconds = []
-            for executor in (one, two):
-                started = time.perf_counter()
-                run_by_executor(executor, jobs_of(60, 20))
-                seconds.append(time.perf_counter() - started)
-            ratios.append(seconds[0] / seconds[1])
+        for round_number in range(rounds + 1):  # the first warms up
+            seconds = [
+                cost_of(executor, partial(run_by_executor, executor), jobs).wall_s for executor in (one, two)
+            ]
+            if round_number:
+                ratios.append(seconds[0] / seconds[1])
     return statistics.median(ratios)
 
 

@@ -207,7 +207,11 @@ def check_inputs(config: Config) -> None:
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
     problems.check(config)
     try:
-        Executor(workers=1, allow_missing=config.executor.allow_missing).close()
+        Executor(
+            workers=1,
+            allow_missing=config.executor.allow_missing,
+            memory_cgroup=config.executor.memory_cgroup or None,
+        ).close()
     except (ValueError, SandboxFault) as error:
         raise ConfigError(f"executor: {error}") from None
 

@@ -85,6 +85,7 @@ class ExecutorConfig(Section):
     default_time_limit_s: PositiveFloat = 10.0
     default_memory_limit_bytes: PositiveInt = 1_000_000_000
     allow_missing: Annotated[tuple[str, ...], Field(strict=False)] = ()  # isolation layers that may be absent
+    memory_cgroup: str = ""  # a cgroup's folder, below which memory is cut off at its limit
 
 
 class RewardConfig(Section):

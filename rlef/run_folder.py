@@ -27,6 +27,7 @@ _FREE_TO_CHANGE = {
     "parallel.timeout_s",
     "executor.workers",
     "executor.allow_missing",
+    "executor.memory_cgroup",
     "evaluation.every_steps",
     "checkpoint.every_steps",
     "checkpoint.keep",

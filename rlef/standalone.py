@@ -29,7 +29,9 @@ def evaluate_model(config: Config) -> dict[str, Any]:
     sampler = TorchSampler(shape, end_token_id=dialog.end_token_id, slots=config.rollout.slots)
     sampler.push(weights.items(), version=0)
     with Executor(
-        workers=config.executor.workers or None, allow_missing=config.executor.allow_missing
+        workers=config.executor.workers or None,
+        allow_missing=config.executor.allow_missing,
+        memory_cgroup=config.executor.memory_cgroup or None,
     ) as executor:
         evaluation = evaluate(
             sources.load(config, "eval"),

@@ -115,7 +115,11 @@ class Run:
         self.cursor = Cursor(sources.load(config, "train"), seed=config.run.seed)
         self._eval_problems = sources.load(config, "eval")
         self._executor = stack.enter_context(
-            Executor(workers=_executor_workers(config), allow_missing=config.executor.allow_missing)
+            Executor(
+                workers=_executor_workers(config),
+                allow_missing=config.executor.allow_missing,
+                memory_cgroup=config.executor.memory_cgroup or None,
+            )
         )
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
         self._stack = stack

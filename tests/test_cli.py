@@ -150,6 +150,10 @@ BAD_INPUT = {
         settings('executor.allow_missing=["moat"]'),
         "executor: allow_missing names 'moat': the layers are ",
     ),
+    "no such memory cgroup": (
+        settings("executor.memory_cgroup=/nowhere"),
+        "executor: memory_cgroup: /nowhere: cannot find it",
+    ),
     "no such checkpoint": (
         settings("--resume", "absent"),
         "--resume absent: there is no such checkpoint folder; give one, or auto, or never",

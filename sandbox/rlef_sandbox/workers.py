@@ -64,9 +64,11 @@ def start_workers(
 
 
 def _checked(path: str) -> str:
-    if Path(path).is_absolute() and Path(path).exists() and os.path.normpath(path) != os.sep:
-        return os.path.normpath(path)
-    raise ValueError(f"readable names {path!r}: give absolute paths that exist, and not the root")
+    normal = os.path.normpath(path)
+    taken = normal == os.sep or Path(normal).is_relative_to("/box")
+    if Path(path).is_absolute() and Path(path).exists() and not taken:
+        return normal
+    raise ValueError(f"readable names {path!r}: give absolute paths that exist, not the root and not /box")
 
 
 def _outermost(paths: Collection[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The arithmetic of PPO for language models: log-probabilities, losses, returns and whitening."""
 
 from rlef_kernels.logprobs import TokenLogprobs, logprobs_from_logits
-from rlef_kernels.policy import PolicyMetrics, ppo_policy_loss, ppo_policy_loss_from_logits
+from rlef_kernels.policy import PolicyMetrics, mean_weights, ppo_policy_loss, ppo_policy_loss_from_logits
 from rlef_kernels.returns import turn_returns
 from rlef_kernels.value import ValueMetrics, value_loss
 from rlef_kernels.whitening import masked_mean, masked_whiten
@@ -13,6 +13,7 @@ __all__ = [
     "logprobs_from_logits",
     "masked_mean",
     "masked_whiten",
+    "mean_weights",
     "ppo_policy_loss",
     "ppo_policy_loss_from_logits",
     "turn_returns",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from rlef_kernels._checks import (
     accumulation_dtype,
     check_floating,
+    check_integer,
     check_like,
     check_mask,
     check_normaliser,
@@ -21,17 +22,43 @@ from rlef_kernels._checks import (
 )
 from rlef_kernels.logprobs import logprobs_from_logits
 
+KLEstimator = Literal["k1", "k2", "k3"]
+_KL_ESTIMATORS = ("k1", "k2", "k3")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyMetrics:
-    """Sums over the tokens inside the mask, to be added up over batches and processes. No gradient."""
+    """Sums over the tokens inside the mask, to be added up over batches and processes. No gradient; each
+    token counts once, whatever its weight."""
 
     tokens: Tensor
-    clipped: Tensor  # tokens whose gradient the clip stopped
+    clipped: Tensor  # tokens whose gradient a clip stopped
     approximate_kl: Tensor  # of (pi_old || pi): x - 1 - ln x with x = pi / pi_old, never negative
     behaviour_weight: Tensor  # min(pi / pi_behaviour, 1), or 1 per token without the correction
     entropy: Tensor  # 0 when no entropy was given
+    reference_kl: Tensor  # of (pi || pi_reference) by the estimator; 0 without a reference
     ratio_max: Tensor  # the largest pi / pi_old: a maximum, not a sum; 0 without tokens
+    ratio_min: Tensor  # the smallest: a minimum; infinite without tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    low: float
+    high: float
+    dual_clip: float | None
+    behaviour_correction: bool
+    kl_coef: float
+    kl_estimator: KLEstimator
+
+
+def _kl_and_slope(difference: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]:
+    """An estimate of KL(pi || pi_reference) from ln (pi / pi_reference), and its derivative in ln pi."""
+    if estimator == "k1":
+        return difference, torch.ones_like(difference)
+    if estimator == "k2":
+        return difference.square() / 2, difference
+    slope = -torch.expm1(-difference)
+    return difference - slope, slope
 
 
 def _loss_and_gradient(
@@ -40,34 +67,49 @@ def _loss_and_gradient(
     behaviour_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    low: float,
-    high: float,
-    behaviour_correction: bool,
+    weights: Tensor | None,
+    reference_logprobs: Tensor | None,
+    settings: _Settings,
 ) -> tuple[Tensor, Tensor, PolicyMetrics]:
     """The summed loss, its gradient `[tokens]` in `logprobs`, the metrics. Masked tokens are not read."""
     dtype = accumulation_dtype(logprobs)
+    low, high = settings.low, settings.high
     chosen = mask.nonzero()[:, 0]  # [chosen]
     advantages = advantages[chosen].to(dtype)
     log_ratio = logprobs[chosen].to(dtype) - old_logprobs[chosen].to(dtype)
     ratio = log_ratio.exp()
     weight = torch.ones_like(ratio)
-    if behaviour_correction:
+    if settings.behaviour_correction:
         weight = (logprobs[chosen].to(dtype) - behaviour_logprobs[chosen].to(dtype)).clamp(max=0).exp()
     corrected = ratio * weight
     clipped = ((corrected > 1 + high) & (advantages > 0)) | ((corrected < 1 - low) & (advantages < 0))
-    surrogate = torch.where(clipped, corrected.clamp(1 - low, 1 + high), corrected) * advantages
+    bounded = torch.where(clipped, corrected.clamp(1 - low, 1 + high), corrected)
+    if settings.dual_clip is not None:
+        clipped = clipped | ((corrected > settings.dual_clip) & (advantages < 0))
+        bounded = torch.where(advantages < 0, bounded.clamp(max=settings.dual_clip), bounded)
+    losses = -bounded * advantages  # [chosen]
+    slopes = torch.where(clipped, 0, -corrected * advantages)  # d ratio = ratio; the weight is a constant
+    reference_kl = torch.zeros_like(losses)
+    if reference_logprobs is not None:
+        difference = logprobs[chosen].to(dtype) - reference_logprobs[chosen].to(dtype)
+        reference_kl, kl_slopes = _kl_and_slope(difference, settings.kl_estimator)
+        losses = losses + settings.kl_coef * reference_kl
+        slopes = slopes + settings.kl_coef * kl_slopes
+    if weights is not None:
+        losses, slopes = losses * weights[chosen].to(dtype), slopes * weights[chosen].to(dtype)
     gradient = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    # d ratio / d logprob = ratio, and the weight is a constant
-    gradient[chosen] = torch.where(clipped, 0, -corrected * advantages)
+    gradient[chosen] = slopes
     metrics = PolicyMetrics(
         tokens=mask.sum().to(dtype),
         clipped=clipped.sum().to(dtype),
         approximate_kl=(torch.expm1(log_ratio) - log_ratio).sum(),
         behaviour_weight=weight.sum(),
         entropy=gradient.new_zeros(()),
+        reference_kl=reference_kl.sum(),
         ratio_max=torch.cat([ratio, ratio.new_zeros(1)]).amax(),
+        ratio_min=torch.cat([ratio, ratio.new_full((1,), float("inf"))]).amin(),
     )
-    return -surrogate.sum(), gradient, metrics
+    return losses.sum(), gradient, metrics
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -96,6 +138,11 @@ def ppo_policy_loss(
     normaliser: float | Tensor,
     entropy: Tensor | None = None,  # [tokens]
     entropy_coef: float = 0.0,
+    weights: Tensor | None = None,  # [tokens]
+    dual_clip: float | None = None,
+    reference_logprobs: Tensor | None = None,  # [tokens]
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
 ) -> tuple[Tensor, PolicyMetrics]:
     """-sum over the mask of min(r A, clip(r, 1 - low, 1 + high) A) + entropy_coef H, divided by `normaliser`.
 
@@ -108,6 +155,17 @@ def ppo_policy_loss(
     w is cut off at 1 so that it only ever takes weight away, and the variance stays bounded. Without the
     correction, w = 1.
 
+    Without `weights` each token counts the same. With `mean_weights` of sequences or turns, and their number
+    as the `normaliser`, each sequence or turn does.
+
+    `dual_clip` (Ye et al. 2020, arXiv 1912.09729, section 3.4) bounds what a token with a negative advantage
+    can do once pi finds it more than `dual_clip` times as likely: without it that is unbounded.
+
+    With a reference, kl_coef times an estimate of KL(pi || pi_reference) is added for each token: of
+    d = ln (pi / pi_reference), k1 = d, k2 = d^2 / 2 and k3 = e^-d - 1 + d (Schulman, "Approximating KL
+    divergence", 2020). As a loss, k2 has the gradient of the KL divergence for tokens that pi sampled; k1's
+    has the mean 0, and is of use in rewards alone.
+
     Args:
         logprobs: `[tokens]` under pi, the only argument besides `entropy` that gets a gradient.
         old_logprobs, behaviour_logprobs, advantages: `[tokens]`, any floating type.
@@ -117,6 +175,11 @@ def ppo_policy_loss(
         normaliser: one number above 0, no gradient: usually how many tokens the whole update trains on.
         entropy: `[tokens]` of pi, for the bonus and the metrics.
         entropy_coef: weight of the entropy bonus.
+        weights: `[tokens]` of the loss, bonus and KL included; metrics are not weighted.
+        dual_clip: above 1 + high, or None.
+        reference_logprobs: `[tokens]` under the reference policy.
+        kl_coef: weight of the KL to it.
+        kl_estimator: "k1", "k2" or "k3".
 
     Returns:
         The scalar loss and the metrics, in float32 (float64 when `logprobs` is). A ratio that overflows makes
@@ -130,31 +193,101 @@ def ppo_policy_loss(
         "old_logprobs": old_logprobs,
         "behaviour_logprobs": behaviour_logprobs,
         "advantages": advantages,
+        "entropy": entropy,
+        "weights": weights,
+        "reference_logprobs": reference_logprobs,
     }
-    for name, tensor in tensors.items() if entropy is None else [*tensors.items(), ("entropy", entropy)]:
-        check_floating(name, tensor)
-        check_like(name, tensor, "logprobs", logprobs)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_floating(name, tensor)
+            check_like(name, tensor, "logprobs", logprobs)
     check_mask("mask", mask)
     check_like("mask", mask, "logprobs", logprobs)
     low, high = clip_ratio if isinstance(clip_ratio, tuple) else (clip_ratio, clip_ratio)
-    check_positive("clip_ratio", low)
-    check_positive("clip_ratio", high)
+    _check_clips(low, high, dual_clip)
     check_normaliser(normaliser)
-    check_not_negative("entropy_coef", entropy_coef)
-    if entropy is None and entropy_coef > 0:
-        raise ValueError(
-            f"entropy_coef is {entropy_coef} but entropy is missing; pass it, or set the coefficient to 0"
-        )
+    _check_coefficient("entropy_coef", entropy_coef, "entropy", entropy)
+    _check_coefficient("kl_coef", kl_coef, "reference_logprobs", reference_logprobs)
+    if kl_estimator not in _KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator is {kl_estimator!r}; give 'k1', 'k2' or 'k3'")
+    settings = _Settings(
+        low=low,
+        high=high,
+        dual_clip=dual_clip,
+        behaviour_correction=behaviour_correction,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )
     with torch.no_grad():
         total, gradient, metrics = _loss_and_gradient(
-            logprobs, old_logprobs, behaviour_logprobs, advantages, mask, low, high, behaviour_correction
+            logprobs,
+            old_logprobs,
+            behaviour_logprobs,
+            advantages,
+            mask,
+            weights,
+            reference_logprobs,
+            settings,
         )
     loss: Tensor = _PolicyLoss.apply(logprobs, total, gradient)  # type: ignore[no-untyped-call]
     if entropy is not None:
-        entropy_sum = entropy[mask].to(loss.dtype).sum()
-        metrics = replace(metrics, entropy=entropy_sum.detach())
-        loss = loss - entropy_coef * entropy_sum
+        entropies = entropy[mask].to(loss.dtype)
+        metrics = replace(metrics, entropy=entropies.sum().detach())
+        weighted = entropies if weights is None else entropies * weights[mask].to(loss.dtype)
+        loss = loss - entropy_coef * weighted.sum()
     return loss / normaliser, metrics
+
+
+def _check_clips(low: float, high: float, dual_clip: float | None) -> None:
+    check_positive("clip_ratio", low)
+    check_positive("clip_ratio", high)
+    if dual_clip is not None and not 1 + high < dual_clip < float("inf"):
+        raise ValueError(
+            f"dual_clip is {dual_clip}; it must be a finite number above 1 + clip_ratio = {1 + high}"
+        )
+
+
+def _check_coefficient(name: str, coefficient: float, tensor_name: str, tensor: Tensor | None) -> None:
+    check_not_negative(name, coefficient)
+    if tensor is None and coefficient > 0:
+        raise ValueError(
+            f"{name} is {coefficient} but {tensor_name} is missing; pass it, or set the coefficient to 0"
+        )
+
+
+def mean_weights(
+    cu_seqlens: Tensor,  # [segments + 1]
+    mask: Tensor,  # [tokens]
+) -> Tensor:
+    """Weights `[tokens]` float32 with which a sum over the mask becomes a sum of means, one for each segment.
+
+    A token's weight is 1 / (how many tokens of its segment are inside the mask), and 0 outside. Segments are
+    sequences, or turns, packed one after the other: segment i is the tokens from `cu_seqlens[i]` up to
+    `cu_seqlens[i + 1]`.
+
+    Raises:
+        ValueError: types or devices that do not fit, or (on a CPU) limits that do not ascend from 0 to the
+            number of tokens.
+    """
+    check_integer("cu_seqlens", cu_seqlens)
+    check_mask("mask", mask)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or mask.dim() != 1:
+        raise ValueError(
+            f"cu_seqlens has shape {list(cu_seqlens.shape)} and mask {list(mask.shape)}; they must be "
+            "[segments + 1] and [tokens]"
+        )
+    if cu_seqlens.device != mask.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but mask on {mask.device}; move one of them")
+    lengths = cu_seqlens.diff()
+    if mask.device.type == "cpu":
+        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        if ends != (0, mask.shape[0]) or bool((lengths < 0).any()):
+            raise ValueError(
+                f"cu_seqlens is {cu_seqlens.tolist()}; it must ascend from 0 to {mask.shape[0]}, the tokens"
+            )
+    segments = torch.repeat_interleave(lengths, output_size=mask.shape[0])  # [tokens]
+    counts = torch.zeros_like(lengths).index_add(0, segments, mask.to(lengths.dtype))  # [segments]
+    return torch.where(mask, 1 / counts[segments], 0.0)
 
 
 def ppo_policy_loss_from_logits(
@@ -173,6 +306,11 @@ def ppo_policy_loss_from_logits(
     rows: Tensor | None = None,  # [tokens]
     temperature: float = 1.0,
     group: ProcessGroup | None = None,
+    weights: Tensor | None = None,  # [tokens]
+    dual_clip: float | None = None,
+    reference_logprobs: Tensor | None = None,  # [tokens]
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
 ) -> tuple[Tensor, PolicyMetrics]:
     """`ppo_policy_loss` of `logprobs_from_logits`; the arguments are theirs.
 
@@ -203,4 +341,9 @@ def ppo_policy_loss_from_logits(
         normaliser=normaliser,
         entropy=chosen.entropy,
         entropy_coef=entropy_coef,
+        weights=None if weights is None else weights[mask],
+        dual_clip=dual_clip,
+        reference_logprobs=None if reference_logprobs is None else reference_logprobs[mask],
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
     )

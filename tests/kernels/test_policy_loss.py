@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlef_kernels import PolicyMetrics, logprobs_from_logits, ppo_policy_loss, ppo_policy_loss_from_logits
+from rlef_kernels import (
+    PolicyMetrics,
+    logprobs_from_logits,
+    mean_weights,
+    ppo_policy_loss,
+    ppo_policy_loss_from_logits,
+)
+from rlef_kernels.policy import KLEstimator
 
 
 def slow(
@@ -20,10 +27,17 @@ def slow(
     low: float,
     high: float,
     correction: bool,
+    *,
+    weights: Tensor | None = None,
+    dual_clip: float | None = None,
+    reference: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
 ) -> tuple[Tensor, dict[str, float]]:
-    """Token by token, in the words of the paper; summed, not divided."""
+    """Token by token, in the words of the papers; summed, not divided."""
     loss = logprobs.new_zeros(())
     counts = {"tokens": 0.0, "clipped": 0.0, "approximate_kl": 0.0, "behaviour_weight": 0.0, "ratio_max": 0.0}
+    counts |= {"reference_kl": 0.0, "ratio_min": math.inf}
     for token in mask.nonzero()[:, 0].tolist():
         advantage = advantages[token]
         ratio = (logprobs[token] - old[token]).exp()
@@ -31,12 +45,22 @@ def slow(
         if correction:
             weight = (logprobs[token].detach() - behaviour[token]).exp().clamp(max=1)
         r = ratio * weight
-        loss = loss - torch.minimum(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
+        surrogate = torch.minimum(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
+        if dual_clip is not None and advantage < 0:
+            surrogate = torch.maximum(surrogate, dual_clip * advantage)
+        of_token = -surrogate
+        if reference is not None:
+            x = reference[token] - logprobs[token]
+            kl = {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - 1 - x}[kl_estimator]
+            of_token = of_token + kl_coef * kl
+            counts["reference_kl"] += float(kl.detach())
+        loss = loss + of_token * (1 if weights is None else weights[token])
         counts["tokens"] += 1
-        counts["clipped"] += float(r.detach().clamp(1 - low, 1 + high) * advantage < r.detach() * advantage)
+        counts["clipped"] += float(surrogate.detach() != r.detach() * advantage)
         counts["approximate_kl"] += float((ratio - 1 - ratio.log()).detach())
         counts["behaviour_weight"] += float(weight)
         counts["ratio_max"] = max(counts["ratio_max"], float(ratio.detach()))
+        counts["ratio_min"] = min(counts["ratio_min"], float(ratio.detach()))
     return loss, counts
 
 
@@ -151,6 +175,138 @@ def test_equals_the_slow_twin_in_values_gradients_and_metrics(
         torch.testing.assert_close(actual, gradient, rtol=1e-12, atol=1e-12)
     else:
         assert not actual.any()
+
+
+@given(
+    st.integers(0, 8),
+    st.booleans(),
+    st.sampled_from([None, 1.3, 3.0]),
+    st.sampled_from(["k1", "k2", "k3"]),
+    st.sampled_from([0.0, 0.1, 2.0]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_equals_the_slow_twin_with_weights_dual_clip_and_a_reference(
+    tokens: int,
+    has_weights: bool,
+    dual_clip: float | None,
+    kl_estimator: KLEstimator,
+    kl_coef: float,
+    correction: bool,
+    seed: int,
+) -> None:
+    arguments = example(tokens, seed)
+    random = torch.Generator().manual_seed(seed + 1)
+    reference, weights = torch.rand(2, tokens, generator=random, dtype=torch.float64).unbind()
+    options = {"dual_clip": dual_clip, "kl_coef": kl_coef, "kl_estimator": kl_estimator}
+    options["weights"] = weights if has_weights else None
+    arguments[0].requires_grad_()
+    loss, metrics = ppo_policy_loss(
+        *arguments,
+        clip_ratio=0.2,
+        behaviour_correction=correction,
+        normaliser=2.0,
+        reference_logprobs=-2 * reference,
+        **options,
+    )
+    expected, counts = slow(*arguments, 0.2, 0.2, correction, reference=-2 * reference, **options)
+
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()) / 2, rel=1e-12, abs=1e-12)
+    for name, count in counts.items():
+        assert float(getattr(metrics, name)) == pytest.approx(count, rel=1e-9, abs=1e-12), name
+    (actual,) = torch.autograd.grad(loss, arguments[0])
+    if expected.requires_grad:
+        (gradient,) = torch.autograd.grad(expected / 2, arguments[0])
+        torch.testing.assert_close(actual, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_the_dual_clip_bounds_what_a_bad_token_can_do() -> None:
+    logprobs = torch.tensor([0.0], requires_grad=True)
+    loss, metrics = ppo_policy_loss(
+        logprobs,
+        torch.tensor([-50.0]),  # ratio e^50
+        torch.tensor([0.0]),
+        torch.tensor([-2.0]),
+        torch.tensor([True]),
+        clip_ratio=0.2,
+        behaviour_correction=False,
+        normaliser=1.0,
+        dual_clip=3.0,
+    )
+    loss.backward()
+    assert logprobs.grad is not None
+    assert (float(loss.detach()), float(logprobs.grad), float(metrics.clipped)) == (6.0, 0.0, 1.0)
+
+
+@given(st.integers(0, 99))
+def test_what_the_estimators_of_the_kl_expect(seed: int) -> None:
+    """Over all tokens, weighted by pi: k1 and k3 have the mean KL(pi || reference); k2, its gradient."""
+    random = torch.Generator().manual_seed(seed)
+    logits, other = torch.randn(2, 5, generator=random, dtype=torch.float64).unbind()
+    logits.requires_grad_()
+    logprobs, reference = logits.log_softmax(0), other.log_softmax(0)
+    probabilities = logprobs.exp().detach()
+    kl = (logprobs.exp() * (logprobs - reference)).sum()
+    zeros, mask = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.bool)
+
+    def estimated(estimator: KLEstimator) -> Tensor:
+        loss, _ = ppo_policy_loss(
+            *(logprobs, logprobs.detach(), zeros, zeros, mask),
+            clip_ratio=0.2,
+            behaviour_correction=False,
+            normaliser=1.0,
+            weights=probabilities,
+            reference_logprobs=reference,
+            kl_coef=1.0,
+            kl_estimator=estimator,
+        )
+        return loss
+
+    assert float(estimated("k1").detach()) == pytest.approx(float(kl.detach()), rel=1e-9, abs=1e-12)
+    assert float(estimated("k3").detach()) == pytest.approx(float(kl.detach()), rel=1e-9, abs=1e-12)
+    (gradient,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    (of_k1,) = torch.autograd.grad(estimated("k1"), logits, retain_graph=True)
+    (of_k2,) = torch.autograd.grad(estimated("k2"), logits, retain_graph=True)
+    torch.testing.assert_close(of_k2, gradient, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(of_k1, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+
+
+@given(st.lists(st.lists(st.booleans(), max_size=6), max_size=5))
+def test_mean_weights_make_a_sum_a_sum_of_means(segments: list[list[bool]]) -> None:
+    mask = torch.tensor([inside for segment in segments for inside in segment], dtype=torch.bool)
+    values = torch.arange(1.0, mask.shape[0] + 1)
+    cu_seqlens = torch.tensor([0, *(len(segment) for segment in segments)]).cumsum(0)
+    means = [
+        float(values[begin:end][mask[begin:end]].mean())
+        for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
+        if mask[begin:end].any()
+    ]
+
+    weights = mean_weights(cu_seqlens, mask)
+
+    assert float((weights * values).sum()) == pytest.approx(sum(means), rel=1e-6)
+    assert not weights[~mask].any()
+
+
+ALL_THREE = torch.ones(3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "mask", "message"),
+    [
+        (torch.tensor([0, 2]), ALL_THREE, r"cu_seqlens is \[0, 2\]; it must ascend from 0 to 3"),
+        (torch.tensor([1, 3]), ALL_THREE, r"cu_seqlens is \[1, 3\]; it must ascend from 0 to 3"),
+        (torch.tensor([0, 2, 1, 3]), ALL_THREE, r"cu_seqlens is \[0, 2, 1, 3\]; it must ascend"),
+        (torch.tensor([0.0, 3.0]), ALL_THREE, "cu_seqlens is torch.float32; convert it to torch.int64"),
+        (torch.tensor([0, 3]), torch.ones(3), "mask is torch.float32; convert it to torch.bool"),
+        (torch.tensor([]).long(), ALL_THREE, r"cu_seqlens has shape \[0\] and mask \[3\]; they must be"),
+    ],
+)
+def test_limits_of_segments_that_cannot_be_right_are_refused(
+    cu_seqlens: Tensor, mask: Tensor, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        mean_weights(cu_seqlens, mask)
 
 
 def test_gradients_equal_finite_differences_but_for_the_weight_held_constant() -> None:
@@ -315,6 +471,11 @@ def test_from_logits_reads_no_masked_row() -> None:
         ({"normaliser": torch.ones(2)}, r"normaliser has shape \[2\]; it must be one number"),
         ({"entropy_coef": -0.1}, r"entropy_coef is -0.1; it must be a finite number of at least 0"),
         ({"entropy_coef": 0.1}, r"entropy_coef is 0.1 but entropy is missing; pass it, or set"),
+        ({"kl_coef": 0.1}, r"kl_coef is 0.1 but reference_logprobs is missing; pass it, or set"),
+        ({"kl_coef": -1.0}, r"kl_coef is -1.0; it must be a finite number of at least 0"),
+        ({"kl_estimator": "k4"}, r"kl_estimator is 'k4'; give 'k1', 'k2' or 'k3'"),
+        ({"dual_clip": 1.1}, r"dual_clip is 1.1; it must be a finite number above 1 \+ clip_ratio = 1.2"),
+        ({"weights": torch.zeros(1)}, r"weights has shape \[1\] but logprobs has \[2\]"),
         ({"entropy": torch.zeros(1)}, r"entropy has shape \[1\] but logprobs has \[2\]"),
     ],
 )

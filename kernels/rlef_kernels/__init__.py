@@ -1,5 +1,6 @@
 """The arithmetic of PPO for language models: log-probabilities, losses, returns and whitening."""
 
+from rlef_kernels.linear import linear_ppo_loss
 from rlef_kernels.logprobs import TokenLogprobs, logprobs_from_logits
 from rlef_kernels.policy import PolicyMetrics, mean_weights, ppo_policy_loss, ppo_policy_loss_from_logits
 from rlef_kernels.returns import turn_returns
@@ -10,6 +11,7 @@ __all__ = [
     "PolicyMetrics",
     "TokenLogprobs",
     "ValueMetrics",
+    "linear_ppo_loss",
     "logprobs_from_logits",
     "masked_mean",
     "masked_whiten",

@@ -38,7 +38,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _RowStatistics:
+class RowStatistics:
     """What is left of each row of a whole vocabulary, enough to compute its probabilities again."""
 
     maximum: Tensor  # [tokens] of the logits, before the temperature
@@ -46,8 +46,14 @@ class _RowStatistics:
     log_sum: Tensor  # [tokens] ln of sum 2^z, where z = (logit - maximum) / (temperature ln 2)
     mean: Tensor  # [tokens] expectation of z; 0 when the entropy is not wanted
 
+    def logprobs(self, temperature: float) -> Tensor:
+        return (self.chosen - self.maximum) / temperature - self.log_sum
 
-class _Shard:
+    def entropy(self) -> Tensor:
+        return self.log_sum - LN_2 * self.mean
+
+
+class Shard:
     """This process's part of the vocabulary, read in chunks of rows."""
 
     def __init__(
@@ -125,12 +131,12 @@ class _Shard:
         return gradient
 
 
-def _whole_vocabulary(
+def whole_vocabulary(
     partial: Tensor,  # [3 or 4, tokens]
     targets: Tensor,
-    shard: _Shard,
+    shard: Shard,
     group: ProcessGroup | None,
-) -> _RowStatistics:
+) -> RowStatistics:
     """Merge the shards' statistics: one all-gather of at most 16 bytes per token, then local arithmetic."""
     partials = _all_gather(partial, group)  # [ranks, 3 or 4, tokens]
     maxima, sums, chosen = partials[:, 0], partials[:, 1], partials[:, 2]
@@ -143,7 +149,7 @@ def _whole_vocabulary(
     if partial.shape[0] == 4:
         mean = (weights * (partials[:, 3] + shifts * sums)).sum(dim=0) / total
     owner = torch.div(targets, shard.vocab, rounding_mode="floor")
-    return _RowStatistics(
+    return RowStatistics(
         maximum=maximum,
         chosen=chosen.gather(0, owner[None])[0],
         log_sum=total.log(),
@@ -170,35 +176,54 @@ class _LogprobsFromLogits(torch.autograd.Function):
         group: ProcessGroup | None,
         want_entropy: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        shard = _Shard(logits, targets, rows, temperature, group)
-        row = _whole_vocabulary(shard.statistics(want_entropy), targets, shard, group)
+        shard = Shard(logits, targets, rows, temperature, group)
+        row = whole_vocabulary(shard.statistics(want_entropy), targets, shard, group)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.group, ctx.want_entropy = temperature, group, want_entropy
         ctx.save_for_backward(
             logits, targets, rows, row.maximum, row.log_sum, row.mean if want_entropy else None
         )
-        logprobs = (row.chosen - row.maximum) / temperature - row.log_sum
-        entropy = row.log_sum - LN_2 * row.mean if want_entropy else None
-        return logprobs, entropy, row.maximum / temperature + row.log_sum
+        entropy = row.entropy() if want_entropy else None
+        return row.logprobs(temperature), entropy, row.maximum / temperature + row.log_sum
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, for_logprobs: Tensor | None, for_entropy: Tensor | None, for_logsumexp: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """With y = z ln 2: d logprob = [target] - p, d logsumexp = p, d entropy = -p (y - E y)."""
         logits, targets, rows, maximum, log_sum, mean = ctx.saved_tensors
-        shard = _Shard(logits, targets, rows, ctx.temperature, ctx.group)
+        shard = Shard(logits, targets, rows, ctx.temperature, ctx.group)
         zero = torch.zeros_like(maximum)
-        for_logprobs = zero if for_logprobs is None else for_logprobs
-        for_logsumexp = zero if for_logsumexp is None else for_logsumexp
-        scale = 1 / (log_sum.exp() * ctx.temperature)  # [tokens] p / 2^z, and the derivative of y
-        for_every, for_shifted = for_logsumexp - for_logprobs, None
-        if for_entropy is not None:
-            for_every = for_every + LN_2 * for_entropy * mean
-            for_shifted = -LN_2 * for_entropy * scale
-        gradient = shard.gradient(maximum, for_every * scale, for_shifted, for_logprobs / ctx.temperature)
+        gradient = logits_gradient(
+            shard,
+            RowStatistics(maximum=maximum, chosen=zero, log_sum=log_sum, mean=zero if mean is None else mean),
+            zero if for_logprobs is None else for_logprobs,
+            for_entropy,
+            for_logsumexp,
+        )
         return gradient, None, None, None, None, None
+
+
+def logits_gradient(
+    shard: Shard,
+    row: RowStatistics,
+    for_logprobs: Tensor,  # [tokens]
+    for_entropy: Tensor | None,  # [tokens]
+    for_logsumexp: Tensor | None,  # [tokens]
+) -> Tensor:
+    """d loss / d logits of the shard, from d loss / d each statistic.
+
+    With y = z ln 2: d logprob = [target] - p, d logsumexp = p, d entropy = -p (y - E y).
+    """
+    scale = shard.bits * LN_2 / row.log_sum.exp()  # [tokens] p / 2^z, and the derivative of y
+    for_every, for_shifted = -for_logprobs, None
+    if for_logsumexp is not None:
+        for_every = for_every + for_logsumexp
+    if for_entropy is not None:
+        for_every = for_every + LN_2 * for_entropy * row.mean
+        for_shifted = -LN_2 * for_entropy * scale
+    for_target = for_logprobs * (shard.bits * LN_2)
+    return shard.gradient(row.maximum, for_every * scale, for_shifted, for_target)
 
 
 def logprobs_from_logits(
@@ -237,18 +262,27 @@ def logprobs_from_logits(
     if rows is None:
         check_like("targets", targets, "the first dimension of logits", logits[:, 0])
     else:
-        check_integer("rows", rows)
-        check_like("rows", rows, "targets", targets)
-        _check_range("rows", rows, logits.shape[0])
-        if rows.device.type == "cpu" and not bool((rows[1:] > rows[:-1]).all()):
-            raise ValueError("rows do not ascend; sort them, each row of logits at most once")
-    vocab = logits.shape[1] * (1 if group is None else dist.get_world_size(group))
-    _check_range("targets", targets, vocab)
+        check_rows(rows, targets, logits.shape[0], "logits")
+    check_targets(targets, logits.shape[1], group)
     check_positive("temperature", temperature)
     logprobs, entropy, logsumexp = _LogprobsFromLogits.apply(  # type: ignore[no-untyped-call]
         logits, targets, rows, float(temperature), group, want_entropy
     )
     return TokenLogprobs(logprobs=logprobs, entropy=entropy, logsumexp=logsumexp)
+
+
+def check_rows(rows: Tensor, targets: Tensor, number: int, of: str) -> None:
+    """Raise ValueError unless `rows` are `[tokens]` ascending indices into `number` rows."""
+    check_integer("rows", rows)
+    check_like("rows", rows, "targets", targets)
+    _check_range("rows", rows, number)
+    if rows.device.type == "cpu" and not bool((rows[1:] > rows[:-1]).all()):
+        raise ValueError(f"rows do not ascend; sort them, each row of {of} at most once")
+
+
+def check_targets(targets: Tensor, vocab: int, group: ProcessGroup | None) -> None:
+    """Raise ValueError unless targets are ids of the whole vocabulary, of which each process has `vocab`."""
+    _check_range("targets", targets, vocab * (1 if group is None else dist.get_world_size(group)))
 
 
 def _check_range(name: str, indices: Tensor, size: int) -> None:

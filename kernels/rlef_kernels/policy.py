@@ -42,13 +42,69 @@ class PolicyMetrics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Settings:
+class PolicySettings:
+    """What is asked of the loss, checked."""
+
     low: float
     high: float
     dual_clip: float | None
     behaviour_correction: bool
+    entropy_coef: float
     kl_coef: float
     kl_estimator: KLEstimator
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        clip_ratio: float | tuple[float, float],
+        dual_clip: float | None,
+        behaviour_correction: bool,
+        entropy_coef: float,
+        reference_logprobs: Tensor | None,
+        kl_coef: float,
+        kl_estimator: KLEstimator,
+    ) -> PolicySettings:
+        """Raises ValueError for a setting out of range."""
+        low, high = clip_ratio if isinstance(clip_ratio, tuple) else (clip_ratio, clip_ratio)
+        check_positive("clip_ratio", low)
+        check_positive("clip_ratio", high)
+        if dual_clip is not None and not 1 + high < dual_clip < float("inf"):
+            raise ValueError(
+                f"dual_clip is {dual_clip}; it must be a finite number above 1 + clip_ratio = {1 + high}"
+            )
+        check_not_negative("entropy_coef", entropy_coef)
+        check_coefficient("kl_coef", kl_coef, "reference_logprobs", reference_logprobs)
+        if kl_estimator not in _KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator is {kl_estimator!r}; give 'k1', 'k2' or 'k3'")
+        return cls(
+            low=low,
+            high=high,
+            dual_clip=dual_clip,
+            behaviour_correction=behaviour_correction,
+            entropy_coef=entropy_coef,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+        )
+
+
+def check_coefficient(name: str, coefficient: float, tensor_name: str, tensor: Tensor | None) -> None:
+    """Raise ValueError unless the coefficient is 0, or above and its tensor is there."""
+    check_not_negative(name, coefficient)
+    if tensor is None and coefficient > 0:
+        raise ValueError(
+            f"{name} is {coefficient} but {tensor_name} is missing; pass it, or set the coefficient to 0"
+        )
+
+
+def check_tokens(base_name: str, base: Tensor, mask: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all are `[tokens]` as `base`, of floating types, and the mask is bool."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_floating(name, tensor)
+            check_like(name, tensor, base_name, base)
+    check_mask("mask", mask)
+    check_like("mask", mask, base_name, base)
 
 
 def _kl_and_slope(difference: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]:
@@ -61,7 +117,7 @@ def _kl_and_slope(difference: Tensor, estimator: KLEstimator) -> tuple[Tensor, T
     return difference - slope, slope
 
 
-def _loss_and_gradient(
+def loss_and_gradient(
     logprobs: Tensor,
     old_logprobs: Tensor,
     behaviour_logprobs: Tensor,
@@ -69,7 +125,7 @@ def _loss_and_gradient(
     mask: Tensor,
     weights: Tensor | None,
     reference_logprobs: Tensor | None,
-    settings: _Settings,
+    settings: PolicySettings,
 ) -> tuple[Tensor, Tensor, PolicyMetrics]:
     """The summed loss, its gradient `[tokens]` in `logprobs`, the metrics. Masked tokens are not read."""
     dtype = accumulation_dtype(logprobs)
@@ -189,37 +245,30 @@ def ppo_policy_loss(
         ValueError: shapes, types or devices that differ, or a setting out of range.
     """
     check_floating("logprobs", logprobs)
-    tensors = {
-        "old_logprobs": old_logprobs,
-        "behaviour_logprobs": behaviour_logprobs,
-        "advantages": advantages,
-        "entropy": entropy,
-        "weights": weights,
-        "reference_logprobs": reference_logprobs,
-    }
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            check_floating(name, tensor)
-            check_like(name, tensor, "logprobs", logprobs)
-    check_mask("mask", mask)
-    check_like("mask", mask, "logprobs", logprobs)
-    low, high = clip_ratio if isinstance(clip_ratio, tuple) else (clip_ratio, clip_ratio)
-    _check_clips(low, high, dual_clip)
+    check_tokens(
+        "logprobs",
+        logprobs,
+        mask,
+        old_logprobs=old_logprobs,
+        behaviour_logprobs=behaviour_logprobs,
+        advantages=advantages,
+        entropy=entropy,
+        weights=weights,
+        reference_logprobs=reference_logprobs,
+    )
     check_normaliser(normaliser)
-    _check_coefficient("entropy_coef", entropy_coef, "entropy", entropy)
-    _check_coefficient("kl_coef", kl_coef, "reference_logprobs", reference_logprobs)
-    if kl_estimator not in _KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator is {kl_estimator!r}; give 'k1', 'k2' or 'k3'")
-    settings = _Settings(
-        low=low,
-        high=high,
+    check_coefficient("entropy_coef", entropy_coef, "entropy", entropy)
+    settings = PolicySettings.checked(
+        clip_ratio=clip_ratio,
         dual_clip=dual_clip,
         behaviour_correction=behaviour_correction,
+        entropy_coef=entropy_coef,
+        reference_logprobs=reference_logprobs,
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
     )
     with torch.no_grad():
-        total, gradient, metrics = _loss_and_gradient(
+        total, gradient, metrics = loss_and_gradient(
             logprobs,
             old_logprobs,
             behaviour_logprobs,
@@ -236,23 +285,6 @@ def ppo_policy_loss(
         weighted = entropies if weights is None else entropies * weights[mask].to(loss.dtype)
         loss = loss - entropy_coef * weighted.sum()
     return loss / normaliser, metrics
-
-
-def _check_clips(low: float, high: float, dual_clip: float | None) -> None:
-    check_positive("clip_ratio", low)
-    check_positive("clip_ratio", high)
-    if dual_clip is not None and not 1 + high < dual_clip < float("inf"):
-        raise ValueError(
-            f"dual_clip is {dual_clip}; it must be a finite number above 1 + clip_ratio = {1 + high}"
-        )
-
-
-def _check_coefficient(name: str, coefficient: float, tensor_name: str, tensor: Tensor | None) -> None:
-    check_not_negative(name, coefficient)
-    if tensor is None and coefficient > 0:
-        raise ValueError(
-            f"{name} is {coefficient} but {tensor_name} is missing; pass it, or set the coefficient to 0"
-        )
 
 
 def mean_weights(

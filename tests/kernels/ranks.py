@@ -16,7 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rlef_kernels import logprobs_from_logits, masked_mean, masked_whiten, ppo_policy_loss_from_logits
+from rlef_kernels import (
+    linear_ppo_loss,
+    logprobs_from_logits,
+    masked_mean,
+    masked_whiten,
+    ppo_policy_loss_from_logits,
+)
 
 TOKENS, VOCAB = 11, 12
 
@@ -54,6 +60,37 @@ def logprobs(group: ProcessGroup, logits: Tensor, words: int = VOCAB) -> dict[st
     return {
         "values": largest_difference(outputs, expected_outputs, group),
         "gradient": largest_difference(gradient, shard_of(expected_gradient, group), group),
+    }
+
+
+def linear_loss(group: ProcessGroup) -> dict[str, float]:
+    random = generator()
+    hidden, weight = (torch.randn(n, 5, generator=random, dtype=torch.float64) for n in (TOKENS, VOCAB))
+    targets = torch.randint(0, VOCAB, (TOKENS,), generator=random)
+    old, behaviour, advantages = torch.randn(3, TOKENS, generator=random, dtype=torch.float64).unbind()
+    mask = torch.rand(TOKENS, generator=random) < 0.7
+
+    def run(weight: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+        states = hidden.clone().requires_grad_()
+        loss, _ = linear_ppo_loss(
+            *(states, weight, targets, old, behaviour, advantages, mask),
+            clip_ratio=0.2,
+            behaviour_correction=True,
+            normaliser=7.0,
+            entropy_coef=0.1,
+            group=group,
+            chunk_elements=2 * weight.shape[0],
+        )
+        return loss, *torch.autograd.grad(loss, (states, weight))
+
+    parts = weight.chunk(dist.get_world_size(group))
+    loss, for_hidden, for_weight = run(parts[dist.get_rank(group)].clone().requires_grad_(), group)
+    expected_loss, expected_for_hidden, expected_for_weight = run(weight.clone().requires_grad_(), None)
+    expected_part = expected_for_weight.chunk(len(parts))[dist.get_rank(group)]
+    return {
+        "values": largest_difference(loss, expected_loss, group),
+        "gradient in the hidden states": largest_difference(for_hidden, expected_for_hidden, group),
+        "gradient in the weight": largest_difference(for_weight, expected_part, group),
     }
 
 
@@ -147,6 +184,7 @@ def main() -> None:
                 "far apart": logprobs(group, logits * 1e4),
                 "half impossible": logprobs(group, half_impossible, VOCAB // 2),
                 "policy loss": policy_loss(group, logits),
+                "linear loss": linear_loss(group),
                 "whitening": whitening(group),
                 "traffic": traffic(group),
             }

@@ -60,6 +60,11 @@ def test_a_split_vocabulary_gives_the_whole_ones_policy_loss(report: Any, size: 
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_a_split_output_weight_gives_the_whole_ones_loss_and_gradients(report: Any, size: str) -> None:
+    assert max(report[size]["linear loss"].values()) <= 1e-12
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_processes_exchange_sixteen_bytes_per_token_once(report: Any, size: str) -> None:
     assert report[size]["traffic"] == {"calls": ["all_gather"], "bytes_per_token": 16.0}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -90,10 +91,11 @@ class Executor:
     def build(self, command: Command, *, limits: Limits | None = None) -> Result:
         """Run a compiler: once, without input, and pass whatever it prints if it ends well.
 
-        What it makes is in `files` of the result, as far as `command.outputs` names it. Raises as `run` does.
+        It may start processes, as compilers do. What it makes is in `files` of the result, as far as
+        `command.outputs` names it. Raises as `run` does.
         """
-        limits = limits or _BUILD_LIMITS
-        [result] = self.run(command, [Test("", "")], limits=limits, judge="any")
+        forking = replace(command, may_fork=True)
+        [result] = self.run(forking, [Test("", "")], limits=limits or _BUILD_LIMITS, judge="any")
         return result
 
     async def run_async(

@@ -13,7 +13,6 @@ def compiled(executor: Executor, source: str, name: str = "program") -> bytes:
         [COMPILER, "-std=c++17", "-O1", "-pthread", "-o", name, f"{name}.cpp"],
         files={f"{name}.cpp": source},
         outputs=[name],
-        may_fork=True,
     )
     result = executor.build(build)
     assert result.verdict is Verdict.PASSED, result.stderr

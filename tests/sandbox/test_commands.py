@@ -215,7 +215,7 @@ def test_a_compilers_complaint_is_in_the_result(executor):
 
 def test_a_source_cannot_include_what_programs_cannot_read(executor):
     source = '#include "/etc/passwd"\nint main() {}'
-    command = Command(["/usr/bin/g++", "x.cpp"], files={"x.cpp": source}, may_fork=True)
+    command = Command(["/usr/bin/g++", "x.cpp"], files={"x.cpp": source})
 
     assert "/etc/passwd: No such file" in executor.build(command).stderr
 
@@ -226,7 +226,7 @@ def test_a_compiler_that_never_ends_is_ended(executor):
     )
     options = ["-fconstexpr-loop-limit=2000000000", "-fconstexpr-ops-limit=2000000000000"]
     files = {"x.cpp": source + "constexpr int x = f(); int main() {}"}
-    command = Command(["/usr/bin/g++", *options, "x.cpp"], files=files, may_fork=True)
+    command = Command(["/usr/bin/g++", *options, "x.cpp"], files=files)
     limits = Limits(cpu_s=0.5, wall_s=20.0, memory_bytes=1 << 30, file_bytes=1 << 20)
 
     assert executor.build(command, limits=limits).verdict in {Verdict.TIMEOUT, Verdict.OUT_OF_MEMORY}

@@ -5,7 +5,7 @@ from rlef_kernels.logprobs import TokenLogprobs, logprobs_from_logits
 from rlef_kernels.policy import PolicyMetrics, mean_weights, ppo_policy_loss, ppo_policy_loss_from_logits
 from rlef_kernels.returns import turn_returns
 from rlef_kernels.value import ValueMetrics, value_loss
-from rlef_kernels.whitening import masked_mean, masked_whiten
+from rlef_kernels.whitening import masked_mean, masked_variance, masked_whiten
 
 __all__ = [
     "PolicyMetrics",
@@ -14,6 +14,7 @@ __all__ = [
     "linear_ppo_loss",
     "logprobs_from_logits",
     "masked_mean",
+    "masked_variance",
     "masked_whiten",
     "mean_weights",
     "ppo_policy_loss",

@@ -36,6 +36,21 @@ def masked_mean(
     return total / count.clamp(min=1)
 
 
+def masked_variance(
+    values: Tensor,  # [n]
+    mask: Tensor | None = None,  # [n]
+    *,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """The population's variance (divided by the count) of what `masked_mean` takes the mean of: a float64
+    scalar, no gradient, and 0 of nothing. Two all-reduces when a group is given.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit.
+    """
+    return _centred(values, mask, group)[1]
+
+
 def masked_whiten(
     values: Tensor,  # [n]
     mask: Tensor | None = None,  # [n]
@@ -64,17 +79,23 @@ def masked_whiten(
         ValueError: shapes, types or devices that do not fit, or an `eps` that is not above 0.
     """
     check_positive("eps", eps)
-    chosen, ones = _chosen_and_ones(values, mask)
-    total, count = _sum_over(group, chosen, ones).unbind()
-    count = count.clamp(min=1)
-    centred = chosen - total / count
-    (squares,) = _sum_over(group, centred.square()).unbind()
-    whitened = (centred / (squares / count + eps).sqrt()).to(values.dtype)
+    centred, variance = _centred(values, mask, group)
+    whitened = (centred / (variance + eps).sqrt()).to(values.dtype)
     if mask is None:
         return whitened
     spread = torch.zeros_like(values)
     spread[mask] = whitened
     return spread
+
+
+def _centred(values: Tensor, mask: Tensor | None, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """This process's values inside the mask less the mean of all, and the variance of all."""
+    chosen, ones = _chosen_and_ones(values, mask)
+    total, count = _sum_over(group, chosen, ones).unbind()
+    count = count.clamp(min=1)
+    centred = chosen - total / count
+    (squares,) = _sum_over(group, centred.square()).unbind()
+    return centred, squares / count
 
 
 def _chosen_and_ones(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

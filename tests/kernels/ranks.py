@@ -20,6 +20,7 @@ from rlef_kernels import (
     linear_ppo_loss,
     logprobs_from_logits,
     masked_mean,
+    masked_variance,
     masked_whiten,
     ppo_policy_loss_from_logits,
 )
@@ -164,6 +165,9 @@ def whitening(group: ProcessGroup) -> dict[str, float]:
     return {
         "whitened": largest_difference(whitened, expected, group),
         "mean": largest_difference(mean, masked_mean(values, mask), group),
+        "variance": largest_difference(
+            masked_variance(own_values, own_mask, group=group), masked_variance(values, mask), group
+        ),
     }
 
 

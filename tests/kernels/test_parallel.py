@@ -73,3 +73,4 @@ def test_processes_exchange_sixteen_bytes_per_token_once(report: Any, size: str)
 def test_values_spread_over_processes_are_whitened_as_if_they_were_together(report: Any, size: str) -> None:
     assert report[size]["whitening"]["whitened"] <= 1e-6
     assert report[size]["whitening"]["mean"] <= 1e-9
+    assert report[size]["whitening"]["variance"] <= 1e-9

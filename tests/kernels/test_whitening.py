@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlef_kernels import masked_mean, masked_whiten
+from rlef_kernels import masked_mean, masked_variance, masked_whiten
 
 
 def test_three_numbers_by_hand() -> None:
@@ -28,6 +28,7 @@ def test_equals_the_slow_twin(pairs: list[tuple[float, bool]]) -> None:
     expected = [(value - mean) / (variance + 1e-8) ** 0.5 if chosen else 0.0 for value, chosen in pairs]
     assert masked_whiten(values, mask).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert float(masked_mean(values, mask)) == pytest.approx(mean, rel=1e-12, abs=1e-12)
+    assert float(masked_variance(values, mask)) == pytest.approx(variance, rel=1e-9, abs=1e-12)
 
 
 def test_poison_outside_the_mask_reaches_nothing_and_becomes_zero() -> None:

@@ -543,7 +543,7 @@ POISONING = (
     futile("change the remembered source", "import linecache\nlinecache.cache.clear()\nlinecache.getline = None"),
     futile("change the compiled code of a library", "import json\njson.dumps.__code__ = (lambda *_: 'poison').__code__"),
     ended(Verdict.TIMEOUT, "leave the interpreter's lock with a thread", "import ctypes, os, threading\nthreading.Thread(target=ctypes.PyDLL(None).usleep, args=[10**7], daemon=True).start()\nos._exit(0)", wall_s=0.2),
-    futile("leave a lock of the library taken", "import os, threading, logging, random\nlogging._lock.acquire()\nthreading._shutdown_locks_lock.acquire()\nos._exit(0)"),
+    futile("leave locks of the library taken", "import os, threading, logging, random\nkinds = type(threading.Lock()), type(threading.RLock())\nlocks = [value for module in (threading, logging, random) for value in vars(module).values() if isinstance(value, kinds)]\nassert len(locks) > 1\nfor lock in locks: lock.acquire(False)\nos._exit(0)"),
     ended(Verdict.EXCEPTION, "break the main module", "import sys\nsys.modules['__main__'].__dict__.clear()\nsys.exit()", "NameError: name 'sys' is not defined"),
 )  # fmt: skip
 

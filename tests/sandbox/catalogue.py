@@ -453,7 +453,8 @@ USING_UP = (
     ended(Verdict.OUT_OF_MEMORY, "give memory back before the end", "x = b'x' * (96 << 20)\ndel x\nprint('never')", memory_bytes=64 << 20),
     ended(Verdict.EXCEPTION, "map more than there is", "import mmap\nkept = []\nwhile True: kept.append(mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))", "[Errno 12] "),
     ended(Verdict.EXCEPTION, "recurse without end", "def f():\n    f()\nf()", "RecursionError: maximum recursion depth exceeded"),
-    ended(Verdict.OUT_OF_MEMORY, "recurse past the memory limit", "import sys\nsys.setrecursionlimit(10**9)\nclass Deep:\n    def __getattr__(self, name): return getattr(self, name)\nDeep().x"),
+    ended(Verdict.OUT_OF_MEMORY, "recurse past the memory limit", "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()"),
+    ended(Verdict.OUT_OF_MEMORY, "grow the stack past the memory limit", MACHINE_CODE + "execute(b'\\xe8\\xfb\\xff\\xff\\xff')"),  # a call of itself
     ended(Verdict.EXCEPTION, "compare what holds itself", "a = []; b = [a]; a.append(b)\na == [b]\nwhile True: a == b", "RecursionError"),
     ended(Verdict.EXCEPTION, "open descriptors without end", "import os\nwhile True: os.dup(0)", "[Errno 24] "),
     ended(Verdict.EXCEPTION, "print a huge integer", "print(10**5000)", "ValueError: Exceeds the limit (4300"),

@@ -576,8 +576,8 @@ COMPILING = (
             ("return from nowhere", "return", "SyntaxError: 'return' outside function"),
         )
     ),
-    ended(Verdict.EXCEPTION, "exhaust the compiler's recursion", "if 1: pass\n" + "elif 1: pass\n" * 3000, "RecursionError"),
-    ended(Verdict.TIMEOUT, "compile for ever", "def f(): pass\n" * 10**5, cpu_s=0.2),
+    ended(Verdict.EXCEPTION, "exhaust the compiler's recursion", "x" + ".x" * 10**5, "RecursionError"),
+    ended(Verdict.TIMEOUT, "compile for ever", "".join(f"x = {number * (2**61 - 1)}\n" for number in range(2 * 10**4)), cpu_s=0.2),  # constants of one hash
     futile("fill the log with warnings", "1 is 1\n" * 10**4),
     futile("carry a byte order mark", "\ufeffprint(1)", "1\n"),
     futile("fold huge constants", "x = lambda: (10**10**5, 'x' * 10**9, (0,) * 10**9, 1 << 10**10)"),

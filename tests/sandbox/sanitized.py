@@ -34,7 +34,7 @@ LEFT_OUT = {
     "test_limit_further_up_is_a_fault": "and so it is here",
     "using_up-multiply_huge_integers": "with shadow memory it passes another limit first",
     "using_up-keep_small_objects_without_end": "so does this",
-    "using_up-recurse_past_the_memory_limit": "the runtime reports the fault that the program makes on purpose",
+    "using_up-grow_the_stack_past_the_memory_limit": "the runtime reports the fault that the program makes on purpose",
     "signals-read_from_nowhere": "here too",
     "reading-find_the_caller's_environment": "the runtime is preloaded by an environment variable",
 }

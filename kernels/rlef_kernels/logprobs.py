@@ -4,6 +4,9 @@ Neither pass holds more than a few rows of probabilities: the forward pass reduc
 and the backward pass computes the probabilities again from the logits and two of those numbers. Exponentials
 are base 2: torch's exp2 takes a quarter of the time of its exp on a CPU, and the base change costs nothing
 beside the temperature.
+
+On a GPU each shard's part of both passes is a Triton kernel of `_logprobs_triton`; the torch code here is its
+reference, and serves what the kernels do not. The merge over shards and autograd are the same for both.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -53,6 +58,17 @@ class RowStatistics:
         return self.log_sum - LN_2 * self.mean
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton_serves(logits: Tensor) -> bool:
+    """Its kernels want a GPU, single or half precision, and the words of a row side by side."""
+    of_kernels = logits.is_cuda and logits.dtype != torch.float64
+    return of_kernels and logits.stride(1) == 1 and logits.shape[0] > 0 and _has_triton()
+
+
 class Shard:
     """This process's part of the vocabulary, read in chunks of rows."""
 
@@ -67,9 +83,8 @@ class Shard:
         self.logits, self.rows, self.bits = logits, rows, 1 / (temperature * LN_2)
         self.tokens, self.vocab = targets.shape[0], logits.shape[1]
         self.dtype = accumulation_dtype(logits)
-        local = targets - (0 if group is None else dist.get_rank(group) * self.vocab)
-        self.owned = (local >= 0) & (local < self.vocab)  # [tokens]
-        self.columns = local.clamp(0, self.vocab - 1)[:, None]  # [tokens, 1]
+        # [tokens] the target's column here; outside 0 to vocab - 1, that of another shard
+        self.columns = targets if group is None else targets - dist.get_rank(group) * self.vocab
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         elements = CPU_CHUNK_ELEMENTS if self.logits.device.type == "cpu" else GPU_CHUNK_ELEMENTS
@@ -90,13 +105,20 @@ class Shard:
 
     def statistics(self, want_entropy: bool) -> Tensor:
         """Of this shard alone: maximum, sum 2^z, the target's logit and sum z 2^z, `[3 or 4, tokens]`."""
+        if _triton_serves(self.logits):
+            from rlef_kernels._logprobs_triton import shard_statistics
+
+            return shard_statistics(
+                self.logits, self.columns, self.rows, self.bits, want_entropy=want_entropy
+            )
+        columns = self.columns.clamp(0, self.vocab - 1)[:, None]  # where not ours, any: the merge drops it
         partial = self.logits.new_zeros((4 if want_entropy else 3, self.tokens), dtype=self.dtype)
         for part, chunk in self.chunks():
             # Finite even where a whole shard is -inf, so that no difference below is inf - inf.
             maximum = chunk.amax(dim=1).to(self.dtype).clamp_(min=torch.finfo(self.dtype).min)
             shifted = self.shifted(chunk, maximum, finite=want_entropy)
             partial[0, part] = maximum
-            partial[2, part] = chunk.gather(1, self.columns[part])[:, 0].to(self.dtype)
+            partial[2, part] = chunk.gather(1, columns[part])[:, 0].to(self.dtype)
             if want_entropy:
                 exponentials = shifted.exp2()
                 partial[1, part] = exponentials.sum(dim=1)
@@ -113,9 +135,23 @@ class Shard:
         for_target: Tensor,  # [tokens] added at the target
     ) -> Tensor:
         """d loss / d logits, `[rows, vocab]` in the type of the logits."""
+        if _triton_serves(self.logits):
+            from rlef_kernels._logprobs_triton import shard_gradient
+
+            return shard_gradient(
+                self.logits,
+                self.columns,
+                self.rows,
+                self.bits,
+                maximum=maximum,
+                for_every=for_every,
+                for_shifted=for_shifted,
+                for_target=for_target,
+            )
+        columns = self.columns.clamp(0, self.vocab - 1)[:, None]
         fill = torch.empty_like if self.rows is None else torch.zeros_like
         gradient = fill(self.logits, memory_format=torch.contiguous_format)
-        for_target = torch.where(self.owned, for_target, 0)
+        for_target = torch.where(columns[:, 0] == self.columns, for_target, 0)
         for part, chunk in self.chunks():
             shifted = self.shifted(chunk, maximum[part], finite=for_shifted is not None)
             if for_shifted is None:
@@ -123,7 +159,7 @@ class Shard:
             else:
                 exponentials = shifted.exp2()
                 rows = shifted.mul_(for_shifted[part, None]).add_(for_every[part, None]).mul_(exponentials)
-            rows.scatter_add_(1, self.columns[part], for_target[part, None])
+            rows.scatter_add_(1, columns[part], for_target[part, None])
             if self.rows is None:
                 gradient[part] = rows
             else:

@@ -1,0 +1,247 @@
+"""The Triton kernels of `logprobs_from_logits` against its slow twin, in Triton's interpreter.
+
+pytest does not collect this file by itself: `test_interpreted.py` runs it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlef_kernels import _logprobs_triton, logprobs, logprobs_from_logits
+from rlef_kernels._logprobs_triton import shard_gradient, shard_statistics
+from tests.kernels.interpreter import traffic
+
+# The kernels' first maximum, the lowest number there is, overflows beside a logit, and is clamped thereafter.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered in multiply:RuntimeWarning",
+    "ignore:invalid value encountered:RuntimeWarning",
+)
+
+THREADS = 4  # so few that a tile is 128 logits of two bytes, or 64 of four
+SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 192, 300]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_tiles_on_poisoned_memory() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "_triton_serves", lambda logits: True)
+        patch.setattr(_logprobs_triton, "THREADS", THREADS)
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True)  # with which torch.empty is full of NaN
+        yield
+        torch.use_deterministic_algorithms(False)
+
+
+def poisoned(logits: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The same logits, as rows of a longer matrix of NaN: all of them, or as the given rows of more."""
+    num_rows = logits.shape[0] if rows is None else 2 * logits.shape[0] + 1
+    around = torch.full((num_rows, logits.shape[1] + 24), torch.nan, dtype=logits.dtype)
+    inside = around[:, 8 : 8 + logits.shape[1]]
+    inside[slice(None) if rows is None else rows] = logits
+    return inside.requires_grad_()
+
+
+def outputs(
+    logits: Tensor,
+    targets: Tensor,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = True,
+) -> Tensor:
+    found = logprobs_from_logits(logits, targets, rows=rows, temperature=temperature, want_entropy=entropy)
+    assert (found.entropy is not None) == entropy
+    return torch.stack(
+        [part for part in (found.logprobs, found.logsumexp, found.entropy) if part is not None]
+    )
+
+
+def slow(logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool) -> Tensor:
+    """The same, as one would write it down; float64."""
+    scaled = logits / temperature
+    every = scaled.log_softmax(dim=1)
+    parts = [every.gather(1, targets[:, None])[:, 0], scaled.logsumexp(dim=1)]
+    return torch.stack([*parts, -(every.exp() * every).sum(dim=1)] if entropy else parts)
+
+
+def gradient_of(outputs: Tensor, logits: Tensor) -> Tensor:
+    """Of a sum in which each output of each token has a weight of its own."""
+    weights = torch.linspace(-1, 2, outputs.numel(), dtype=torch.float64).view(outputs.shape)
+    (gradient,) = torch.autograd.grad((weights * outputs).sum(), logits)
+    return gradient
+
+
+def sample(tokens: int, vocab: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(tokens, vocab, generator=random, dtype=torch.float64)
+    return logits.to(dtype), torch.randint(0, vocab, (tokens,), generator=random)
+
+
+@given(
+    st.integers(0, 3),
+    st.sampled_from(SIZES),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.3, 1.0, 2.5]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
+@example(tokens=0, vocab=5, dtype=torch.bfloat16, temperature=1.0, with_rows=False, entropy=True, seed=0)
+@example(tokens=0, vocab=5, dtype=torch.bfloat16, temperature=1.0, with_rows=True, entropy=True, seed=0)
+def test_equals_the_slow_twin_in_values_and_gradients(
+    tokens: int, vocab: int, dtype: torch.dtype, temperature: float, with_rows: bool, entropy: bool, seed: int
+) -> None:
+    logits, targets = sample(tokens, vocab, seed, dtype)
+    rows = 2 * torch.arange(tokens) + 1 if with_rows else None
+    held = poisoned(logits, rows)
+    exact = logits.double().requires_grad_()
+    actual = outputs(held, targets, rows, temperature, entropy=entropy)
+    expected = slow(exact, targets, temperature, entropy=entropy)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=4e-6)
+
+    gradient, expected_gradient = gradient_of(actual, held), gradient_of(expected, exact)
+    assert gradient.dtype == dtype
+    if rows is not None:
+        asked = gradient[rows]
+        assert torch.count_nonzero(gradient) == torch.count_nonzero(asked)
+        gradient = asked
+    eps = max(torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_each_shard_gives_what_the_reference_gives(
+    dtype: torch.dtype, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One shard of three is all -inf; targets lie in every one."""
+    logits, _ = sample(6, 3 * 130, 0, dtype)
+    logits[:, 130:260] = -torch.inf
+    targets = torch.tensor([0, 129, 130, 259, 260, 389])
+    coefficients = torch.linspace(-1, 1, 18).view(3, 6)
+    for first in (0, 130, 260):
+        shard = logprobs._Shard(poisoned(logits[:, first : first + 130]).detach(), targets, None, 0.7, None)
+        shard.columns = targets - first
+        found = (
+            shard.statistics(entropy),
+            shard.gradient(
+                torch.full((6,), 9.0), coefficients[0], coefficients[1] if entropy else None, coefficients[2]
+            ),
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(logprobs, "_triton_serves", lambda logits: False)
+            expected = (
+                shard.statistics(entropy),
+                shard.gradient(
+                    torch.full((6,), 9.0),
+                    coefficients[0],
+                    coefficients[1] if entropy else None,
+                    coefficients[2],
+                ),
+            )
+        is_ours = (shard.columns >= 0) & (shard.columns < 130)
+        expected[0][2] = torch.where(is_ours, expected[0][2], 0)
+        torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(found[1], expected[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_row_of_minus_infinity_alone_is_reported_and_spares_its_neighbours() -> None:
+    logits, targets = sample(3, 70, 0, torch.float32)
+    logits[1] = -torch.inf
+    found = outputs(poisoned(logits), targets)
+    assert found.isfinite().all(dim=0).tolist() == [True, False, True]
+
+
+def test_a_nan_is_reported_by_its_own_token_alone() -> None:
+    logits, targets = sample(3, 200, 0, torch.bfloat16)
+    for column in (0, 100, 199):
+        broken = logits.clone()
+        broken[1, column] = torch.nan
+        assert outputs(poisoned(broken), targets).isnan().tolist() == [[False, True, False]] * 3
+
+
+def test_a_logit_of_minus_infinity_is_a_word_that_cannot_come() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 0.0]], requires_grad=True)
+    found = outputs(logits, torch.tensor([2]))
+    half = math.log(2)
+    assert found[:, 0].tolist() == pytest.approx([-half, half, half])
+    (gradient,) = torch.autograd.grad(found[0].sum() + found[2].sum(), logits)
+    assert gradient.tolist() == [[pytest.approx(-0.5), 0.0, pytest.approx(0.5)]]
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_an_offset_of_all_logits_changes_neither_logprobs_nor_entropy(offset: float) -> None:
+    logits, targets = sample(4, 150, 0, torch.float32)
+    logits = (logits * 64).round() / 64  # so that the offset itself is exact
+    plain, moved = outputs(poisoned(logits), targets), outputs(poisoned(logits + offset), targets)
+    assert torch.equal(plain[[0, 2]], moved[[0, 2]])
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logits_of_ten_thousand_overflow_nothing(entropy: bool) -> None:
+    logits = torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
+    found = outputs(logits, torch.tensor([0, 0]), entropy=entropy)[0]
+    assert found.tolist() == [0.0, -2e4]
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert gradient.tolist() == [[0.0, 0.0], [1.0, -1.0]]
+
+
+def test_a_row_that_logits_do_not_have_is_reported_and_not_read() -> None:
+    logits, _ = sample(2, 10, 0, torch.float32)
+    found = shard_statistics(
+        logits, torch.tensor([0, 0, 0]), torch.tensor([-1, 1, 2]), 1.0, want_entropy=False
+    )
+    assert found[0].isnan().tolist() == [True, False, True]
+
+
+def test_rows_further_than_int32_are_found(tmp_path: Path) -> None:
+    """Three rows a billion logits apart, in a sparse file."""
+    apart, vocab = 2**30, 70
+    storage = torch.UntypedStorage.from_file(
+        str(tmp_path / "sparse"), shared=True, nbytes=2 * (2 * apart + vocab)
+    )
+    logits = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (3, vocab), (apart, 1))
+    logits[:], targets = sample(3, vocab, 0, torch.bfloat16)
+    found = outputs(logits.requires_grad_(), targets)
+    expected = slow(logits.double(), targets, 1.0, entropy=True)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=4e-6)
+    assert gradient_of(found, logits)[2].abs().max() > 0
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_each_logit_that_matters_is_read_once_a_pass_and_each_gradient_written_once(
+    with_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the size of a real vocabulary, everything counted, and in the tiles that ship."""
+    monkeypatch.setattr(_logprobs_triton, "THREADS", 256)
+    tokens, vocab, size = 2, 32_000, 2
+    logits, targets = sample(tokens, vocab, 0, torch.bfloat16)
+    rows = torch.tensor([1, 3]) if with_rows else None
+    held = poisoned(logits, rows).detach()
+    traffic.loaded = traffic.stored = 0
+    statistics = shard_statistics(held, targets, rows, 1.0, want_entropy=True)
+    assert size <= traffic.loaded / (tokens * vocab) <= size * 1.01
+    assert traffic.stored == 16 * tokens
+
+    traffic.loaded = traffic.stored = 0
+    shard_gradient(
+        held,
+        targets,
+        rows,
+        1.0,
+        maximum=statistics[0],
+        for_every=statistics[1],
+        for_shifted=statistics[3],
+        for_target=statistics[2],
+    )
+    assert size <= traffic.loaded / (tokens * vocab) <= size * 1.01
+    assert traffic.stored == held.numel() * size

@@ -1,0 +1,75 @@
+"""The machine code of the Triton kernels, compiled ahead of time for targets that need not be here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("triton") is None and os.environ.get("CI") != "true":
+    pytest.skip("triton is not installed: pip install triton", allow_module_level=True)
+
+from bench.kernels import TARGETS, compiled, configurations, faults, read_baseline, report, worse
+
+CONFIGURATIONS = {configuration.name: configuration for configuration in configurations()}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_machine_code_has_no_fault_and_is_no_worse_than_the_baseline(name: str, target: str) -> None:
+    found = report(CONFIGURATIONS[name], target)
+    assert not list(faults(CONFIGURATIONS[name], found, target))
+    assert not list(worse(found, read_baseline()[f"{name} {target}"])), (
+        "python bench/kernels.py --aot --accept writes a new baseline: say in the commit what it gains"
+    )
+
+
+def test_the_baseline_holds_every_kernel_and_no_other() -> None:
+    assert set(read_baseline()) == {f"{name} {target}" for name in CONFIGURATIONS for target in TARGETS}
+
+
+@pytest.mark.parametrize("kernel", ["statistics", "gradient"])
+def test_lengths_of_one_compile(kernel: str) -> None:
+    """Triton compiles an argument that is 1 into the kernel."""
+    configuration = CONFIGURATIONS[f"{kernel} bf16 entropy rows"]
+    ones = dict.fromkeys({"vocab", "stride_row", "num_tokens", "num_rows"} & set(configuration.arguments), 1)
+    compiled(
+        replace(configuration, constants={**configuration.constants, **ones}, divisible=False), target="sm_90"
+    )
+
+
+def test_what_is_worse_is_named() -> None:
+    accepted = read_baseline()["gradient bf16 entropy sm_90"]
+    changes = {
+        "registers": 255,
+        "spills": 1,
+        "shared": 64,
+        "loaded": 4.0,
+        "stored": 2.1,
+        "pipe_over_dram": 0.71,
+    }
+    for field, value in {**changes, "wide": 0.5}.items():
+        (message,) = worse(replace(accepted, **{field: value}), accepted)
+        assert message == f"{field}: {value}, was {getattr(accepted, field)}"
+    assert not list(worse(replace(accepted, registers=1), accepted))
+
+
+def test_what_no_kernel_may_do_is_refused_whatever_the_baseline_says() -> None:
+    configuration = CONFIGURATIONS["gradient bf16 entropy"]
+    good = read_baseline()["gradient bf16 entropy sm_90"]
+    assert not list(faults(configuration, good, "sm_90"))
+    bad = replace(good, spills=3, loaded=4.0, stored=2.03, wide=0.5, pipe_over_dram=0.71)
+    assert list(faults(configuration, bad, "sm_90")) == [
+        "3 spills; there must be none",
+        "loads 4.0 bytes per logit of 2 bytes",
+        "stores 2.03 bytes per logit; 2 are its gradient",
+        "only 50% of the accesses are 128 bits wide",
+        "the issue pipe takes 0.71 of DRAM's time, above 0.7",
+    ]
+
+
+def test_the_reader_sees_accesses_that_are_narrow() -> None:
+    """Rows of an odd vocabulary begin anywhere, and cannot be read 128 bits at a time."""
+    assert report(CONFIGURATIONS["statistics bf16 entropy odd"], "sm_90").wide == 0

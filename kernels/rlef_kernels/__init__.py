@@ -1,5 +1,6 @@
-"""The arithmetic of PPO for language models: log-probabilities, losses, returns and whitening."""
+"""The arithmetic of PPO for language models: log-probabilities, losses, advantages, returns and whitening."""
 
+from rlef_kernels.advantages import AdvantageEstimate, gae, turn_gae
 from rlef_kernels.logprobs import TokenLogprobs, logprobs_from_logits
 from rlef_kernels.policy import PolicyMetrics, ppo_policy_loss, ppo_policy_loss_from_logits
 from rlef_kernels.returns import turn_returns
@@ -7,14 +8,17 @@ from rlef_kernels.value import ValueMetrics, value_loss
 from rlef_kernels.whitening import masked_mean, masked_whiten
 
 __all__ = [
+    "AdvantageEstimate",
     "PolicyMetrics",
     "TokenLogprobs",
     "ValueMetrics",
+    "gae",
     "logprobs_from_logits",
     "masked_mean",
     "masked_whiten",
     "ppo_policy_loss",
     "ppo_policy_loss_from_logits",
+    "turn_gae",
     "turn_returns",
     "value_loss",
 ]

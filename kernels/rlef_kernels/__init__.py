@@ -1,5 +1,6 @@
-"""The arithmetic of PPO for language models: log-probabilities, losses, returns and whitening."""
+"""The arithmetic of PPO for language models: log-probabilities, losses, advantages, returns and whitening."""
 
+from rlef_kernels.advantages import AdvantageEstimate, gae, turn_gae
 from rlef_kernels.linear import linear_ppo_loss
 from rlef_kernels.logprobs import TokenLogprobs, logprobs_from_logits
 from rlef_kernels.policy import PolicyMetrics, mean_weights, ppo_policy_loss, ppo_policy_loss_from_logits
@@ -8,9 +9,11 @@ from rlef_kernels.value import ValueMetrics, value_loss
 from rlef_kernels.whitening import masked_mean, masked_variance, masked_whiten
 
 __all__ = [
+    "AdvantageEstimate",
     "PolicyMetrics",
     "TokenLogprobs",
     "ValueMetrics",
+    "gae",
     "linear_ppo_loss",
     "logprobs_from_logits",
     "masked_mean",
@@ -19,6 +22,7 @@ __all__ = [
     "mean_weights",
     "ppo_policy_loss",
     "ppo_policy_loss_from_logits",
+    "turn_gae",
     "turn_returns",
     "value_loss",
 ]

@@ -50,6 +50,32 @@ def check_not_negative(name: str, number: float) -> None:
         raise ValueError(f"{name} is {number}; it must be a finite number of at least 0")
 
 
+def check_fraction(name: str, number: float) -> None:
+    """Raise ValueError unless `number` is between 0 and 1, both included."""
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} is {number}; it must be between 0 and 1")
+
+
+def check_borders(name: str, borders: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless `borders` is `[sequences + 1]` int32 or int64 on the device of `other`."""
+    if borders.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} is {borders.dtype}; convert it to torch.int32 or torch.int64")
+    if borders.dim() != 1 or borders.shape[0] == 0:
+        raise ValueError(f"{name} has shape {list(borders.shape)}; it must be [sequences + 1]")
+    if borders.device != other.device:
+        raise ValueError(
+            f"{name} is on {borders.device} but {other_name} on {other.device}; move one of them"
+        )
+
+
+def check_turn_sequences(name: str, numbers: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless `numbers` is int64, like `other`, and (on a CPU) ascends."""
+    check_integer(name, numbers)
+    check_like(name, numbers, other_name, other)
+    if numbers.device.type == "cpu" and bool((numbers[1:] < numbers[:-1]).any()):
+        raise ValueError(f"{name} do not ascend; sort the turns by sequence")
+
+
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Double precision stays double (for gradient checks); everything else is summed in float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

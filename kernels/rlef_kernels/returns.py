@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlef_kernels._checks import check_floating, check_integer, check_like
+from rlef_kernels._checks import check_floating, check_turn_sequences
 
 
 def turn_returns(
@@ -29,10 +29,7 @@ def turn_returns(
         ValueError: shapes, types or devices that do not fit, or (on a CPU) sequences that do not ascend.
     """
     check_floating("turn_rewards", turn_rewards)
-    check_integer("turn_sequences", turn_sequences)
-    check_like("turn_sequences", turn_sequences, "turn_rewards", turn_rewards)
-    if turn_sequences.device.type == "cpu" and bool((turn_sequences[1:] < turn_sequences[:-1]).any()):
-        raise ValueError("turn_sequences do not ascend; sort the turns by sequence")
+    check_turn_sequences("turn_sequences", turn_sequences, "turn_rewards", turn_rewards)
     if turn_rewards.numel() == 0:
         return turn_rewards.clone()
     _, row, counts = torch.unique_consecutive(turn_sequences, return_inverse=True, return_counts=True)

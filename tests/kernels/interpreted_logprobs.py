@@ -129,7 +129,7 @@ def test_each_shard_gives_what_the_reference_gives(
     targets = torch.tensor([0, 129, 130, 259, 260, 389])
     coefficients = torch.linspace(-1, 1, 18).view(3, 6)
     for first in (0, 130, 260):
-        shard = logprobs._Shard(poisoned(logits[:, first : first + 130]).detach(), targets, None, 0.7, None)
+        shard = logprobs.Shard(poisoned(logits[:, first : first + 130]).detach(), targets, None, 0.7, None)
         shard.columns = targets - first
         found = (
             shard.statistics(entropy),

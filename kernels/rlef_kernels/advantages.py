@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ def gae(
     Tokens that the environment wrote are no steps of the policy and take no time: however many lie between
     t and t', nothing is discounted for them, no value is read there, and A_t' reaches t as it would were the
     two neighbours. After the last action token of a sequence V and A are 0: sequences are whole episodes.
+
+    On CUDA the Triton kernel of `_gae_triton` computes it, elsewhere (and without Triton) torch.
 
     Args:
         values: `[tokens]` V, any floating type.
@@ -168,6 +171,21 @@ def _check_order(cu_seqlens: Tensor, tokens: int) -> None:
         )
 
 
+def _gae_on_cuda(
+    values: Tensor,  # [tokens]
+    rewards: Tensor,  # [tokens]
+    action_mask: Tensor,  # [tokens]
+    cu_seqlens: Tensor,  # [sequences + 1]
+    gamma: float,
+    lambda_: float,
+) -> tuple[Tensor, Tensor]:
+    if find_spec("triton") is None:
+        return _gae_in_torch(values, rewards, action_mask, cu_seqlens, gamma, lambda_)
+    from rlef_kernels._gae_triton import gae_in_triton
+
+    return gae_in_triton(values, rewards, action_mask, cu_seqlens, gamma, lambda_)
+
+
 def _shapes_of_gae(
     values: Tensor,  # [tokens]
     *_: object,
@@ -184,4 +202,5 @@ torch.library.define(
     " -> (Tensor, Tensor)",
 )
 torch.library.impl("rlef_kernels::gae", "default", _gae_in_torch)
+torch.library.impl("rlef_kernels::gae", "cuda", _gae_on_cuda)
 torch.library.register_fake("rlef_kernels::gae", _shapes_of_gae)

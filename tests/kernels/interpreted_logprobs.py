@@ -203,7 +203,8 @@ def test_a_row_that_logits_do_not_have_is_reported_and_not_read() -> None:
     assert found[0].isnan().tolist() == [True, False, True]
 
 
-def test_rows_further_than_int32_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [None, torch.arange(3)], ids=["every_row", "given_rows"])
+def test_rows_further_than_int32_are_found(rows: Tensor | None, tmp_path: Path) -> None:
     """Three rows a billion logits apart, in a sparse file."""
     apart, vocab = 2**30, 70
     storage = torch.UntypedStorage.from_file(
@@ -211,10 +212,11 @@ def test_rows_further_than_int32_are_found(tmp_path: Path) -> None:
     )
     logits = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (3, vocab), (apart, 1))
     logits[:], targets = sample(3, vocab, 0, torch.bfloat16)
-    found = outputs(logits.requires_grad_(), targets)
-    expected = slow(logits.double(), targets, 1.0, entropy=True)
+    exact = logits.double().requires_grad_()
+    found, expected = outputs(logits.requires_grad_(), targets, rows), slow(exact, targets, 1.0, entropy=True)
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=4e-6)
-    assert gradient_of(found, logits)[2].abs().max() > 0
+    gradient, expected_gradient = gradient_of(found, logits), gradient_of(expected, exact)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_rows", [False, True])

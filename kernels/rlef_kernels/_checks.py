@@ -68,6 +68,21 @@ def check_borders(name: str, borders: Tensor, other_name: str, other: Tensor) ->
         )
 
 
+def check_border_order(name: str, borders: Tensor, tokens: int) -> None:
+    """Raise ValueError unless the borders ascend from 0 to `tokens`; on a CPU only."""
+    if borders.device.type != "cpu":
+        return
+    first, last = int(borders[0]), int(borders[-1])
+    if first != 0:
+        raise ValueError(f"{name} begins with {first}; the first sequence begins at token 0")
+    if last != tokens:
+        raise ValueError(f"{name} ends with {last} but there are {tokens} tokens; end with their number")
+    descents = (borders.diff() < 0).nonzero()
+    if descents.numel():
+        before, after = borders[int(descents[0]) :][:2].tolist()
+        raise ValueError(f"{name} descends from {before} to {after}; sequences cannot end before they begin")
+
+
 def check_turn_sequences(name: str, numbers: Tensor, other_name: str, other: Tensor) -> None:
     """Raise ValueError unless `numbers` is int64, like `other`, and (on a CPU) ascends."""
     check_integer(name, numbers)

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from rlef_kernels._checks import (
     accumulation_dtype,
+    check_border_order,
     check_borders,
     check_floating,
     check_fraction,
@@ -121,7 +122,7 @@ def _gae_in_torch(
     lambda_: float,
 ) -> tuple[Tensor, Tensor]:
     """Leave out all but the action tokens, so that t' is t + 1; work; put back."""
-    _check_order(cu_seqlens, values.shape[0])
+    check_border_order("cu_seqlens", cu_seqlens, values.shape[0])
     dtype = accumulation_dtype(values)
     advantages, returns = (values.new_zeros(values.shape, dtype=dtype) for _ in range(2))
     values, rewards = values[action_mask].to(dtype), rewards[action_mask].to(dtype)  # [actions]
@@ -152,23 +153,6 @@ def _discounted_sums(
         sums[:-reach].add_(later, alpha=decay**reach)
         reach *= 2
     return sums
-
-
-def _check_order(cu_seqlens: Tensor, tokens: int) -> None:
-    """Raise ValueError unless the borders ascend from 0 to `tokens`; on a CPU only."""
-    if cu_seqlens.device.type != "cpu":
-        return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0:
-        raise ValueError(f"cu_seqlens begins with {first}; the first sequence begins at token 0")
-    if last != tokens:
-        raise ValueError(f"cu_seqlens ends with {last} but there are {tokens} tokens; end with their number")
-    descents = (cu_seqlens.diff() < 0).nonzero()
-    if descents.numel():
-        before, after = cu_seqlens[int(descents[0]) :][:2].tolist()
-        raise ValueError(
-            f"cu_seqlens descends from {before} to {after}; sequences cannot end before they begin"
-        )
 
 
 def _gae_on_cuda(

@@ -12,8 +12,9 @@ from torch.distributed import ProcessGroup
 
 from rlef_kernels._checks import (
     accumulation_dtype,
+    check_border_order,
+    check_borders,
     check_floating,
-    check_integer,
     check_like,
     check_mask,
     check_normaliser,
@@ -301,22 +302,11 @@ def mean_weights(
         ValueError: types or devices that do not fit, or (on a CPU) limits that do not ascend from 0 to the
             number of tokens.
     """
-    check_integer("cu_seqlens", cu_seqlens)
     check_mask("mask", mask)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or mask.dim() != 1:
-        raise ValueError(
-            f"cu_seqlens has shape {list(cu_seqlens.shape)} and mask {list(mask.shape)}; they must be "
-            "[segments + 1] and [tokens]"
-        )
-    if cu_seqlens.device != mask.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but mask on {mask.device}; move one of them")
+    check_like("mask", mask, "mask", mask)
+    check_borders("cu_seqlens", cu_seqlens, "mask", mask)
+    check_border_order("cu_seqlens", cu_seqlens, mask.shape[0])
     lengths = cu_seqlens.diff()
-    if mask.device.type == "cpu":
-        ends = (int(cu_seqlens[0]), int(cu_seqlens[-1]))
-        if ends != (0, mask.shape[0]) or bool((lengths < 0).any()):
-            raise ValueError(
-                f"cu_seqlens is {cu_seqlens.tolist()}; it must ascend from 0 to {mask.shape[0]}, the tokens"
-            )
     segments = torch.repeat_interleave(lengths, output_size=mask.shape[0])  # [tokens]
     counts = torch.zeros_like(lengths).index_add(0, segments, mask.to(lengths.dtype))  # [segments]
     return torch.where(mask, 1 / counts[segments], 0.0)

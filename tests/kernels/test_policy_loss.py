@@ -275,7 +275,8 @@ def test_what_the_estimators_of_the_kl_expect(seed: int) -> None:
 def test_mean_weights_make_a_sum_a_sum_of_means(segments: list[list[bool]]) -> None:
     mask = torch.tensor([inside for segment in segments for inside in segment], dtype=torch.bool)
     values = torch.arange(1.0, mask.shape[0] + 1)
-    cu_seqlens = torch.tensor([0, *(len(segment) for segment in segments)]).cumsum(0)
+    lengths = torch.tensor([0, *(len(segment) for segment in segments)])
+    cu_seqlens = lengths.cumsum(0, dtype=torch.int32 if mask.any() else torch.int64)
     means = [
         float(values[begin:end][mask[begin:end]].mean())
         for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
@@ -294,12 +295,13 @@ ALL_THREE = torch.ones(3, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("cu_seqlens", "mask", "message"),
     [
-        (torch.tensor([0, 2]), ALL_THREE, r"cu_seqlens is \[0, 2\]; it must ascend from 0 to 3"),
-        (torch.tensor([1, 3]), ALL_THREE, r"cu_seqlens is \[1, 3\]; it must ascend from 0 to 3"),
-        (torch.tensor([0, 2, 1, 3]), ALL_THREE, r"cu_seqlens is \[0, 2, 1, 3\]; it must ascend"),
-        (torch.tensor([0.0, 3.0]), ALL_THREE, "cu_seqlens is torch.float32; convert it to torch.int64"),
+        (torch.tensor([0, 2]), ALL_THREE, "cu_seqlens ends with 2 but there are 3 tokens"),
+        (torch.tensor([1, 3]), ALL_THREE, "cu_seqlens begins with 1; the first sequence begins at token 0"),
+        (torch.tensor([0, 2, 1, 3]), ALL_THREE, "cu_seqlens descends from 2 to 1; sequences cannot end"),
+        (torch.tensor([0.0, 3.0]), ALL_THREE, "cu_seqlens is torch.float32; convert it to torch.int32 or"),
         (torch.tensor([0, 3]), torch.ones(3), "mask is torch.float32; convert it to torch.bool"),
-        (torch.tensor([]).long(), ALL_THREE, r"cu_seqlens has shape \[0\] and mask \[3\]; they must be"),
+        (torch.tensor([0, 3]), ALL_THREE[None], r"mask has shape \[1, 3\]; it must be one-dimensional"),
+        (torch.tensor([]).long(), ALL_THREE, r"cu_seqlens has shape \[0\]; it must be \[sequences \+ 1\]"),
     ],
 )
 def test_limits_of_segments_that_cannot_be_right_are_refused(

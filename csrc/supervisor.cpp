@@ -98,7 +98,8 @@ struct WorkerSlot {
     State state = State::Absent;
     pid_t pid = -1;
     UniqueFd socket;
-    UniqueFd log;  // the worker's standard error
+    bool is_readable = false;  // the socket, when we last looked
+    UniqueFd log;              // the worker's standard error
     std::int64_t bare_memory_bytes = 0;
     std::optional<MemoryCgroup> cgroup;
     unsigned failed_starts = 0;
@@ -113,6 +114,7 @@ struct WorkerSlot {
     std::size_t next_to_report = 0;
     std::deque<Streams> streams;  // of the tests sent and not reported
 
+    bool is_awaited() const { return state == State::Starting || state == State::Busy; }
     /// What it runs: a job, or the checker of that job.
     const Job& job() const { return check ? check->job : batch->jobs[job_index]; }
     std::vector<Outcome>& outcomes() const { return check ? check->outcomes : batch->outcomes[job_index]; }
@@ -280,7 +282,11 @@ void Supervisor::supervise() {
             lock.lock();
             for (auto& slot : slots_) {
                 if (slot->batch && slot->batch->cancelled) stop(*slot);
-                if (slot->state != WorkerSlot::State::Absent) read_reports(*slot);
+                if (slot->is_readable) {
+                    read_report(*slot);
+                } else if (slot->is_awaited() && Clock::now() > slot->deadline) {
+                    handle_death(*slot, "it did not answer in time");
+                }
             }
         }
         fail_everything("the executor was closed");
@@ -292,19 +298,20 @@ void Supervisor::supervise() {
 }
 
 void Supervisor::wait_for_events() {
-    std::vector<pollfd> events{{wake_up_.get(), POLLIN, 0}};
+    // Slots and the fault change in this thread only: looking needs no lock.
+    std::vector<pollfd> events;
     auto until = Clock::now() + 1h;
-    for (const auto& slot :
-         slots_) {  // slots and the fault change in this thread only: looking needs no lock
+    for (const auto& slot : slots_) {
         const bool to_be_started = slot->state == WorkerSlot::State::Absent && is_wanted(*slot);
         if (to_be_started) until = std::min(until, slot->start_at);
-        if (!slot->socket) continue;
-        events.push_back({slot->socket.get(), POLLIN, 0});
-        if (slot->state != WorkerSlot::State::Idle) until = std::min(until, slot->deadline);
+        if (slot->is_awaited()) until = std::min(until, slot->deadline);
+        events.push_back({slot->socket.get(), POLLIN, 0});  // poll passes over what is none
     }
+    events.push_back({wake_up_.get(), POLLIN, 0});
     const auto patience = std::chrono::ceil<std::chrono::milliseconds>(until - Clock::now()).count();
     ::poll(events.data(), events.size(), static_cast<int>(std::max<std::int64_t>(patience, 0)));
-    if (events.front().revents) {
+    for (std::size_t i = 0; i < slots_.size(); ++i) slots_[i]->is_readable = events[i].revents != 0;
+    if (events.back().revents) {
         std::uint64_t count;
         [[maybe_unused]] const auto size = ::read(wake_up_.get(), &count, sizeof count);
     }
@@ -438,24 +445,15 @@ void Supervisor::send_tests(WorkerSlot& slot) {
     slot.deadline = Clock::now() + std::chrono::nanoseconds(job.limits.wall_ns) + kReportPatience;
 }
 
-void Supervisor::read_reports(WorkerSlot& slot) {
+/// One at a time: to find out that there is no other would take a system call more.
+void Supervisor::read_report(WorkerSlot& slot) {
     try {
-        while (slot.socket) {
-            auto report = receive_report(slot.socket.get(), MSG_DONTWAIT);
-            if (!report) {
-                const auto log = last_line(read_range(slot.log, 0, size_of(slot.log)));
-                handle_death(slot, log.empty() ? "it ended" : log);
-                return;
-            }
-            handle(slot, *report);
-        }
+        const auto report = receive_report(slot.socket.get(), MSG_DONTWAIT);
+        if (report) return handle(slot, *report);
+        const auto log = last_line(read_range(slot.log, 0, size_of(slot.log)));
+        handle_death(slot, log.empty() ? "it ended" : log);
     } catch (const std::system_error& error) {
-        const int code = error.code().value();
-        if (code != EAGAIN && code != EWOULDBLOCK) {
-            handle_death(slot, error.what());
-        } else if (slot.state != WorkerSlot::State::Idle && Clock::now() > slot.deadline) {
-            handle_death(slot, "it did not answer in time");
-        }
+        handle_death(slot, error.what());
     }
 }
 

@@ -116,7 +116,7 @@ class Supervisor {
     void assign_jobs();
     void give(WorkerSlot& slot, QueuedJob job);
     static void send_tests(WorkerSlot& slot);
-    void read_reports(WorkerSlot& slot);
+    void read_report(WorkerSlot& slot);
     void handle(WorkerSlot& slot, const Message<Report>& report);
     void handle_ready(WorkerSlot& slot, const Report& report);
     void handle_finished(WorkerSlot& slot, const Report& report);

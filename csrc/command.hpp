@@ -42,4 +42,7 @@ std::string encode(const std::vector<File>& files);
 Command decode_command(std::string_view bytes);
 std::vector<File> decode_files(std::string_view bytes);
 
+/// What execve takes: pointers into the strings, and a null pointer behind them.
+std::vector<char*> pointers(const std::vector<std::string>& strings);
+
 }  // namespace rlef

@@ -15,6 +15,7 @@
 
 #include "command.hpp"
 #include "message.hpp"
+#include "must.hpp"
 #include "policy.hpp"
 #include "process.hpp"
 #include "system_calls.hpp"
@@ -29,10 +30,6 @@ constexpr std::size_t kStreams = 3;
 constexpr std::size_t kOutputsAt = 3;
 constexpr std::array<std::size_t, 3> kCheckedAt = {0, 5, 4};
 constexpr std::size_t kMostOfATest = 4;  // more has a checker's
-
-void must(bool succeeded, const char* step) {
-    if (!succeeded) throw std::system_error(errno, std::generic_category(), step);
-}
 
 /// What one worker knows and its children inherit.
 struct Worker {
@@ -75,13 +72,6 @@ void tell(const Worker& worker, Report::Kind kind, std::string_view text) {
         ::_exit(kSetupFailed);  // the parent says that this process died
     }
     ::_exit(kSetupFailed);
-}
-
-std::vector<char*> pointers(const std::vector<std::string>& strings) {
-    std::vector<char*> result;
-    for (const auto& string : strings) result.push_back(const_cast<char*>(string.c_str()));
-    result.push_back(nullptr);
-    return result;
 }
 
 std::string without_dot(const std::string& path) {
@@ -141,7 +131,8 @@ class CommandJob {
         report.wall_ns = read_clock(CLOCK_MONOTONIC) - beginning.time_ns;
         report.cpu_ns = cpu_time_of_children() - cpu_before - beginning.cpu_ns;
         if (folder_ && !command_.outputs.empty()) {
-            hand_over(folder_->read(command_.outputs), test.fds.at(kOutputsAt).get());
+            const auto outputs = encode(folder_->read(command_.outputs));
+            write_whole(test.fds.at(kOutputsAt).get(), outputs, "write the outputs");
         }
         return report;
     }
@@ -240,10 +231,6 @@ class CommandJob {
             most_memory = std::max(most_memory, usage.ru_maxrss);
         }
         report.peak_memory_bytes = static_cast<std::int64_t>(most_memory) * 1024;
-    }
-
-    static void hand_over(const std::vector<File>& files, int file) {
-        write_whole(file, encode(files), "write the outputs");
     }
 
     const Worker& worker_;

@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <system_error>
 
+#include "must.hpp"
 #include "system_calls.hpp"
 #include "unique_fd.hpp"
 
@@ -30,14 +31,6 @@ namespace {
 
 constexpr uid_t kFirstOwnUser = 2'000'000'000;  // plus the pid: a user that nobody else is
 constexpr uid_t kNobody = 65534;
-
-[[noreturn]] void fail(const char* step) {
-    throw std::system_error(errno, std::generic_category(), step);
-}
-
-void must(bool succeeded, const char* step) {
-    if (!succeeded) fail(step);
-}
 
 std::uint64_t bit(int capability) {
     return std::uint64_t{1} << capability;

@@ -8,12 +8,10 @@
 
 #include <system_error>
 
+#include "must.hpp"
+
 namespace rlef {
 namespace {
-
-void must(bool succeeded, const char* what) {
-    if (!succeeded) throw std::system_error(errno, std::generic_category(), what);
-}
 
 UniqueFd file_with(const char* name, unsigned flags) {
     UniqueFd file(::memfd_create(name, MFD_CLOEXEC | flags));

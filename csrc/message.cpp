@@ -6,15 +6,13 @@
 
 #include <system_error>
 
+#include "must.hpp"
+
 namespace rlef {
 namespace {
 
 constexpr std::size_t kMostText = 16'384;
 constexpr std::size_t kMostFds = 6;
-
-[[noreturn]] void fail(const char* what) {
-    throw std::system_error(errno, std::generic_category(), what);
-}
 
 template <typename Header>
 bool send_any(int socket, const Header& header, std::string_view text, const std::vector<int>& fds) {

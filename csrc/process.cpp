@@ -12,6 +12,7 @@
 #include <fstream>
 #include <system_error>
 
+#include "must.hpp"
 #include "system_calls.hpp"
 #include "unique_fd.hpp"
 
@@ -20,10 +21,6 @@ namespace {
 
 constexpr std::int64_t kShortestSleep = 1'000'000;
 constexpr rlim_t kSpareSeconds = 2;
-
-void must(bool succeeded, const char* step) {
-    if (!succeeded) throw std::system_error(errno, std::generic_category(), step);
-}
 
 std::int64_t nanoseconds(const timespec& time) {
     return time.tv_sec * kSecond + time.tv_nsec;

@@ -13,6 +13,7 @@
 #include <system_error>
 
 #include "memory_file.hpp"
+#include "must.hpp"
 #include "verdict.hpp"
 
 namespace rlef {
@@ -31,21 +32,6 @@ constexpr std::int64_t kMostFileBytes = std::int64_t{1} << 58;  // that can be a
 constexpr auto kStartPatience = 60s;
 constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, and a machine under load
 constexpr auto kNoMemoryForUs = "the kernel ended it for memory that its own cgroup had left";
-
-[[noreturn]] void fail(const char* what) {
-    throw std::system_error(errno, std::generic_category(), what);
-}
-
-void must(bool succeeded, const char* what) {
-    if (!succeeded) fail(what);
-}
-
-std::vector<char*> pointers(const std::vector<std::string>& strings) {
-    std::vector<char*> result;
-    for (const auto& string : strings) result.push_back(const_cast<char*>(string.c_str()));
-    result.push_back(nullptr);
-    return result;
-}
 
 /// posix_spawn's two records.
 class SpawnSettings {

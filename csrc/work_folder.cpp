@@ -10,6 +10,7 @@
 #include <system_error>
 
 #include "isolation.hpp"
+#include "must.hpp"
 #include "process.hpp"
 #include "system_calls.hpp"
 #include "unique_fd.hpp"
@@ -19,10 +20,6 @@ namespace {
 
 constexpr std::uint64_t kPage = 4096;
 constexpr std::uint64_t kMostNewFiles = 10'000;
-
-void must(bool succeeded, const std::string& step) {
-    if (!succeeded) throw std::system_error(errno, std::generic_category(), step);
-}
 
 /// Looks at files with a program's eyes while it lives. Does nothing where the user cannot be changed.
 class AsUser {
@@ -53,7 +50,8 @@ std::uint64_t whole_pages(std::uint64_t bytes) {
 void make_folders(int folder, const std::string& name) {
     for (auto slash = name.find('/'); slash != std::string::npos; slash = name.find('/', slash + 1)) {
         const auto part = name.substr(0, slash);
-        must(::mkdirat(folder, part.c_str(), 0755) == 0 || errno == EEXIST, "make the folder " + part);
+        must(::mkdirat(folder, part.c_str(), 0755) == 0 || errno == EEXIST,
+             ("make the folder " + part).c_str());
     }
 }
 
@@ -61,7 +59,7 @@ void write_file(int folder, const GivenFile& given) {
     make_folders(folder, given.name);
     const UniqueFd file(
         ::openat(folder, given.name.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0755));
-    must(static_cast<bool>(file), "make the file " + given.name);
+    must(static_cast<bool>(file), ("make the file " + given.name).c_str());
     write_whole(file.get(), given.content, "write the file " + given.name);
 }
 

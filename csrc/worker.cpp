@@ -17,6 +17,7 @@
 
 #include "memory_layout.hpp"
 #include "message.hpp"
+#include "must.hpp"
 #include "policy.hpp"
 #include "process.hpp"
 #include "system_calls.hpp"
@@ -26,14 +27,6 @@ namespace {
 
 constexpr rlim_t kMostCompileSeconds = 20;
 constexpr std::size_t kThreadStack = 8 << 20;
-
-[[noreturn]] void fail(const char* step) {
-    throw std::system_error(errno, std::generic_category(), step);
-}
-
-void must(bool succeeded, const char* step) {
-    if (!succeeded) fail(step);
-}
 
 /// The one thing that a program may say of itself.
 struct Confession {

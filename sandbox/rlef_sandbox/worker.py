@@ -134,10 +134,11 @@ def _file_view() -> tuple[list[str], list[str]]:
     libraries += ["/lib64", "/usr/lib64", "/usr/share/zoneinfo"]
     readable = [path for path in [*sys.path, *libraries] if os.path.isdir(path)]
     packages = [os.path.join(path, name) for path in sys.path for name in ("site-packages", "dist-packages")]
-    return _outermost(readable), [path for path in packages if os.path.isdir(path)]
+    return outermost(readable), [path for path in packages if os.path.isdir(path)]
 
 
-def _outermost(paths: list[str]) -> list[str]:
+def outermost(paths: list[str]) -> list[str]:
+    """Without those that lie below another one."""
     return [path for path in paths if not any(path.startswith(other + os.sep) for other in paths)]
 
 

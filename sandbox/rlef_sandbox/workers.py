@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlef_sandbox import _core
 from rlef_sandbox.layers import mask_of
+from rlef_sandbox.worker import outermost
 
 COMMAND_WORKER = Path(_core.__file__).with_name("command_worker")
 _FLAGS = ("-S", "-s", "-B", "-X", "utf8")  # no site-packages, no user folder, no bytecode written
@@ -46,10 +47,11 @@ def start_workers(
     """
     interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     script = Path(__file__).with_name("worker.py")
-    seen = [path for path in _MACHINE if Path(path).exists()] + [_checked(path) for path in readable]
+    found = [path for path in _MACHINE if Path(path).exists()]
+    seen = list(dict.fromkeys([*found, *map(_checked, readable)]))
     supervisor = _core.Supervisor(
         for_python=[interpreter, *_FLAGS, str(script), _core.__file__, str(os.getpid())],
-        for_commands=[str(COMMAND_WORKER), str(os.getpid()), ":".join(_DEVICES), *_outermost(seen)],
+        for_commands=[str(COMMAND_WORKER), str(os.getpid()), ":".join(_DEVICES), *outermost(seen)],
         environment=list(_ENVIRONMENT),
         workers=count,
         allowed_missing=mask_of(allow_missing),
@@ -69,9 +71,3 @@ def _checked(path: str) -> str:
     if Path(path).is_absolute() and Path(path).exists() and not taken:
         return normal
     raise ValueError(f"readable names {path!r}: give absolute paths that exist, not the root and not /box")
-
-
-def _outermost(paths: Collection[str]) -> list[str]:
-    """Without those that lie below another one."""
-    roots = [path + os.sep for path in paths]
-    return [path for path in dict.fromkeys(paths) if not any(path.startswith(root) for root in roots)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from rlef_kernels._checks import (
     check_mask,
     check_turn_sequences,
 )
+from rlef_kernels._triton import has_triton
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +163,7 @@ def _gae_on_cuda(
     gamma: float,
     lambda_: float,
 ) -> tuple[Tensor, Tensor]:
-    if find_spec("triton") is None:
+    if not has_triton():
         return _gae_in_torch(values, rewards, action_mask, cu_seqlens, gamma, lambda_)
     from rlef_kernels._gae_triton import gae_in_triton
 

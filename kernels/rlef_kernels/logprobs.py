@@ -14,8 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from rlef_kernels._checks import accumulation_dtype, check_floating, check_integer, check_like, check_positive
+from rlef_kernels._triton import has_triton
 
 # How many logits are worked on at a time. On a CPU the temporaries should stay in its cache; on a GPU the
 # launches should not count.
@@ -58,15 +57,10 @@ class RowStatistics:
         return self.log_sum - LN_2 * self.mean
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _triton_serves(logits: Tensor) -> bool:
     """Its kernels want a GPU, single or half precision, and the words of a row side by side."""
     of_kernels = logits.is_cuda and logits.dtype != torch.float64
-    return of_kernels and logits.stride(1) == 1 and logits.shape[0] > 0 and _has_triton()
+    return of_kernels and logits.stride(1) == 1 and logits.shape[0] > 0 and has_triton()
 
 
 class Shard:

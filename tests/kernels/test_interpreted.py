@@ -14,7 +14,11 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["logprobs"])
+NAMES = sorted(path.stem for path in HERE.glob("interpreted_*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_kernels_equal_their_slow_twins(name: str) -> None:
     if find_spec("triton") is None and os.environ.get("CI") != "true":
         pytest.skip("triton is not installed: pip install triton")
@@ -26,7 +30,7 @@ def test_the_kernels_equal_their_slow_twins(name: str) -> None:
             "-q",
             "-p",
             "no:cacheprovider",
-            str(HERE / f"interpreted_{name}.py"),
+            str(HERE / f"{name}.py"),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=HERE.parents[1],
@@ -35,3 +39,5 @@ def test_the_kernels_equal_their_slow_twins(name: str) -> None:
         check=False,
     )
     assert process.returncode == 0, process.stdout + process.stderr
+    assert " passed" in process.stdout
+    assert "skipped" not in process.stdout, process.stdout

@@ -1,4 +1,7 @@
-"""The kernel on this CPU: `test_gae_triton.py` runs these tests in a process with TRITON_INTERPRET=1."""
+"""The Triton kernel of `gae` against its slow twin, in Triton's interpreter.
+
+pytest does not collect this file by itself: `test_interpreted.py` runs it in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tests.kernels.interpreter  # noqa: F401 - watches the kernel
 from rlef_kernels._gae_triton import gae_in_triton
 from rlef_kernels.advantages import _gae_on_cuda
 from tests.kernels.gae_twin import FRACTIONS, Pack, naive_gae, pack_of, packs

@@ -1,0 +1,91 @@
+"""Every kernel in every configuration that ships, for `machine_code`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+
+from bench.machine_code import Configuration, Stream
+from rlef_kernels import _gae_triton as gae
+from rlef_kernels import _logprobs_triton as logprobs
+
+SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
+# Of the time that DRAM takes, in half precision.
+MOST_OF_DRAM = {"sm_90": 0.70}
+
+
+def configurations() -> list[Configuration]:
+    return [*of_logprobs(), *of_gae()]
+
+
+def of_logprobs() -> list[Configuration]:
+    """Every type, with and without entropy, on a whole vocabulary; rows, and odd vocabularies, once each."""
+    found = [
+        _logprobs(kernel, element, entropy=entropy)
+        for kernel in ("statistics", "gradient")
+        for element in ("bf16", "fp16", "fp32")
+        for entropy in (True, False)
+    ]
+    found += [_logprobs(kernel, "bf16", rows=True) for kernel in ("statistics", "gradient")]
+    return found + [_logprobs(kernel, "bf16", divisible=False) for kernel in ("statistics", "gradient")]
+
+
+def _logprobs(
+    kernel: str, element: str, *, entropy: bool = True, rows: bool = False, divisible: bool = True
+) -> Configuration:
+    size = SIZES[element]
+    of_tokens = "*i64" if rows else None
+    lengths: dict[str, str | None] = {"stride_row": "i64", "vocab": "i32", "bits": "fp32"}
+    if kernel == "statistics":
+        arguments = {"statistics_ptr": "*fp32", "logits_ptr": f"*{element}", "columns_ptr": "*i64"}
+        arguments |= {"rows_ptr": of_tokens, "num_tokens": "i32", "num_rows": "i32", **lengths}
+    else:
+        arguments = {"gradient_ptr": f"*{element}", "logits_ptr": f"*{element}", "columns_ptr": "*i64"}
+        arguments |= {"tokens_ptr": of_tokens, "maximum_ptr": "*fp32", "for_every_ptr": "*fp32"}
+        arguments |= {"for_shifted_ptr": "*fp32" if entropy else None, "for_target_ptr": "*fp32", **lengths}
+    words = [kernel, element, *["entropy"] * entropy, *["rows"] * rows, *["odd"] * (not divisible)]
+    return Configuration(
+        name=" ".join(words),
+        kernel=logprobs.statistics_kernel if kernel == "statistics" else logprobs.gradient_kernel,
+        arguments=arguments,
+        constants={"WANT_ENTROPY": entropy} if kernel == "statistics" else {},
+        settings=lambda device: logprobs.launch_settings(size, device.warp_size),
+        divisible=frozenset({"stride_row", "vocab"} if divisible else ()),
+        stream=Stream(
+            elements=lambda settings: settings["LOADS"] * settings["LANES"],
+            loaded=size,
+            stored=size if kernel == "gradient" else 0,
+            is_wide=divisible,
+            pipe_over_dram=MOST_OF_DRAM if divisible else {},
+        ),
+    )
+
+
+def of_gae() -> list[Configuration]:
+    """One program for each sequence, so that what counts is that several fit on a multiprocessor."""
+    return [_gae(value) for value in ("bf16", "fp32", "fp64")]
+
+
+def _gae(value: str) -> Configuration:
+    total = "*fp64" if value == "fp64" else "*fp32"
+    return Configuration(
+        name=f"gae {value}",
+        kernel=gae._gae_kernel,  # noqa: SLF001
+        arguments={
+            "values_ptr": f"*{value}",
+            "rewards_ptr": "*fp32",
+            "action_mask_ptr": "*u8",
+            "cu_seqlens_ptr": "*i32",
+            "advantages_ptr": total,
+            "returns_ptr": total,
+            "tokens": "i32",
+        },
+        constants={"GAMMA": 0.99, "LAMBDA": 0.95},
+        settings=_settings_of_gae,
+    )
+
+
+def _settings_of_gae(_: GPUTarget) -> Mapping[str, Any]:
+    return {"BLOCK": gae.BLOCK, "num_warps": 4}

@@ -1,4 +1,4 @@
-"""`rlef train|eval|export|pretrain|report`: reads the command line, checks everything, then hands over.
+"""`rlef train|eval|export|...`: reads the command line, checks everything, then hands over.
 
 What the user must mend is one line on standard error and exit status 2, before any process starts.
 """
@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -164,6 +165,31 @@ def report(run_folder: Path) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     _show_result(run_folder)
+
+
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
+@_errors_in_one_line
+def doctor(config_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Look whether this machine can run CONFIG, and say how to mend what is amiss.
+
+    Status 0 if a run can start, 1 if something must be mended first. Run it on each kind of machine.
+    """
+    from rlef.doctor import Level, diagnose
+
+    config = load_config(config_file, overrides)
+    worst = Level.GOOD
+    for finding in diagnose(config):
+        worst = max(worst, finding.level, key=list(Level).index)
+        if as_json:
+            click.echo(json.dumps(asdict(finding)))
+            continue
+        click.echo(f"{finding.level:<8} {finding.subject}: {finding.found}")
+        if finding.mend:
+            click.echo(f"{'':<8} -> {finding.mend}")
+    sys.exit(worst is Level.FAULT)
 
 
 def _require_writable(file: Path) -> None:

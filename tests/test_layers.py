@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"learner", "megatron_policy", "report", "rollout", "torch_policy", "torch_sampler", "vllm_sampler"}
     ),
-    frozenset({"evaluate", "pretrain"}),
+    frozenset({"doctor", "evaluate", "pretrain"}),
     frozenset({"standalone", "train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -13,7 +13,7 @@ from rlef_kernels import _logprobs_triton as logprobs
 
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
 # Of the time that DRAM takes, in half precision.
-MOST_OF_DRAM = {"sm_90": 0.70}
+MOST_OF_DRAM = {"sm_90": 0.70, "sm_100": 1.0}
 
 
 def configurations() -> list[Configuration]:
@@ -37,7 +37,7 @@ def _logprobs(
 ) -> Configuration:
     size = SIZES[element]
     of_tokens = "*i64" if rows else None
-    lengths: dict[str, str | None] = {"stride_row": "i64", "vocab": "i32", "bits": "fp32"}
+    lengths: dict[str, str | None] = {"stride_row": "i64", "vocab": "i32", "bits": "fp64"}
     if kernel == "statistics":
         arguments = {"statistics_ptr": "*fp32", "logits_ptr": f"*{element}", "columns_ptr": "*i64"}
         arguments |= {"rows_ptr": of_tokens, "num_tokens": "i32", "num_rows": "i32", **lengths}
@@ -50,15 +50,17 @@ def _logprobs(
         name=" ".join(words),
         kernel=logprobs.statistics_kernel if kernel == "statistics" else logprobs.gradient_kernel,
         arguments=arguments,
-        constants={"WANT_ENTROPY": entropy} if kernel == "statistics" else {},
+        constants={
+            "ALIGNED": divisible,
+            **({"WANT_ENTROPY": entropy} if kernel == "statistics" else {"TOGETHER": True}),
+        },
         settings=lambda device: logprobs.launch_settings(size, device.warp_size),
         divisible=frozenset({"stride_row", "vocab"} if divisible else ()),
         stream=Stream(
-            elements=lambda settings: settings["LOADS"] * settings["LANES"],
+            elements=lambda settings: settings["LOADS"] * settings["THREADS"] * settings["WORDS"],
             loaded=size,
             stored=size if kernel == "gradient" else 0,
-            is_wide=divisible,
-            pipe_over_dram=MOST_OF_DRAM if divisible else {},
+            pipe_over_dram=MOST_OF_DRAM,
         ),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered:RuntimeWarning",
 )
 
-THREADS = 4  # so few that a tile is 128 logits of two bytes, or 64 of four
-SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 192, 300]
+THREADS, LOADS = 16, 2  # a tile is 256 logits of two bytes, or 128 of four; a row has at most 14 edges
+SIZES = [1, 2, 7, 8, 9, 15, 16, 17, 127, 128, 129, 192, 255, 256, 257, 271, 300]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -35,17 +36,19 @@ def _small_tiles_on_poisoned_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "_triton_serves", lambda logits: True)
         patch.setattr(_logprobs_triton, "THREADS", THREADS)
+        patch.setattr(_logprobs_triton, "LOADS", LOADS)
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         torch.use_deterministic_algorithms(True)  # with which torch.empty is full of NaN
         yield
         torch.use_deterministic_algorithms(False)
 
 
-def poisoned(logits: Tensor, rows: Tensor | None = None) -> Tensor:
+def poisoned(logits: Tensor, rows: Tensor | None = None, margins: tuple[int, int] = (8, 16)) -> Tensor:
     """The same logits, as rows of a longer matrix of NaN: all of them, or as the given rows of more."""
     num_rows = logits.shape[0] if rows is None else 2 * logits.shape[0] + 1
-    around = torch.full((num_rows, logits.shape[1] + 24), torch.nan, dtype=logits.dtype)
-    inside = around[:, 8 : 8 + logits.shape[1]]
+    left, right = margins
+    around = torch.full((num_rows, left + logits.shape[1] + right), torch.nan, dtype=logits.dtype)
+    inside = around[:, left : left + logits.shape[1]]
     inside[slice(None) if rows is None else rows] = logits
     return inside.requires_grad_()
 
@@ -86,6 +89,18 @@ def sample(tokens: int, vocab: int, seed: int, dtype: torch.dtype) -> tuple[Tens
     return logits.to(dtype), torch.randint(0, vocab, (tokens,), generator=random)
 
 
+PLAIN: dict[str, Any] = {
+    "tokens": 2,
+    "vocab": 256,
+    "dtype": torch.bfloat16,
+    "temperature": 1.0,
+    "with_rows": False,
+    "entropy": True,
+    "margins": (8, 8),
+    "seed": 0,
+}
+
+
 @given(
     st.integers(0, 3),
     st.sampled_from(SIZES),
@@ -93,16 +108,27 @@ def sample(tokens: int, vocab: int, seed: int, dtype: torch.dtype) -> tuple[Tens
     st.sampled_from([0.3, 1.0, 2.5]),
     st.booleans(),
     st.booleans(),
+    st.tuples(st.integers(0, 8), st.integers(0, 8)),
     st.integers(0, 99),
 )
-@example(tokens=0, vocab=5, dtype=torch.bfloat16, temperature=1.0, with_rows=False, entropy=True, seed=0)
-@example(tokens=0, vocab=5, dtype=torch.bfloat16, temperature=1.0, with_rows=True, entropy=True, seed=0)
+@example(**PLAIN | {"tokens": 0})
+@example(**PLAIN | {"tokens": 0, "with_rows": True})
+@example(**PLAIN)
+@example(**PLAIN | {"vocab": 257, "margins": (0, 0)})  # every other row begins elsewhere
+@example(**PLAIN | {"vocab": 257, "margins": (1, 0)})  # logits and gradient lie differently
 def test_equals_the_slow_twin_in_values_and_gradients(
-    tokens: int, vocab: int, dtype: torch.dtype, temperature: float, with_rows: bool, entropy: bool, seed: int
+    tokens: int,
+    vocab: int,
+    dtype: torch.dtype,
+    temperature: float,
+    with_rows: bool,
+    entropy: bool,
+    margins: tuple[int, int],
+    seed: int,
 ) -> None:
     logits, targets = sample(tokens, vocab, seed, dtype)
     rows = 2 * torch.arange(tokens) + 1 if with_rows else None
-    held = poisoned(logits, rows)
+    held = poisoned(logits, rows, margins)
     exact = logits.double().requires_grad_()
     actual = outputs(held, targets, rows, temperature, entropy=entropy)
     expected = slow(exact, targets, temperature, entropy=entropy)
@@ -225,6 +251,7 @@ def test_each_logit_that_matters_is_read_once_a_pass_and_each_gradient_written_o
 ) -> None:
     """At the size of a real vocabulary, everything counted, and in the tiles that ship."""
     monkeypatch.setattr(_logprobs_triton, "THREADS", 256)
+    monkeypatch.setattr(_logprobs_triton, "LOADS", 4)
     tokens, vocab, size = 2, 32_000, 2
     logits, targets = sample(tokens, vocab, 0, torch.bfloat16)
     rows = torch.tensor([1, 3]) if with_rows else None

@@ -3,8 +3,9 @@
 from rlef_kernels.advantages import AdvantageEstimate, gae, turn_gae
 from rlef_kernels.linear import linear_ppo_loss
 from rlef_kernels.logprobs import TokenLogprobs, logprobs_from_logits
-from rlef_kernels.policy import PolicyMetrics, mean_weights, ppo_policy_loss, ppo_policy_loss_from_logits
+from rlef_kernels.policy import PolicyMetrics, ppo_policy_loss, ppo_policy_loss_from_logits
 from rlef_kernels.returns import turn_returns
+from rlef_kernels.segments import mean_weights, segment_count, segment_expand, segment_mean, segment_sum
 from rlef_kernels.value import ValueMetrics, value_loss
 from rlef_kernels.whitening import masked_mean, masked_variance, masked_whiten
 
@@ -22,6 +23,10 @@ __all__ = [
     "mean_weights",
     "ppo_policy_loss",
     "ppo_policy_loss_from_logits",
+    "segment_count",
+    "segment_expand",
+    "segment_mean",
+    "segment_sum",
     "turn_gae",
     "turn_returns",
     "value_loss",

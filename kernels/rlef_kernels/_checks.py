@@ -84,9 +84,13 @@ def check_border_order(name: str, borders: Tensor, tokens: int) -> None:
 
 
 def check_turn_sequences(name: str, numbers: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise ValueError unless `numbers` is int64, like `other`, and (on a CPU) ascends."""
+    """Raise ValueError unless `numbers` is int64 and like `other`."""
     check_integer(name, numbers)
     check_like(name, numbers, other_name, other)
+
+
+def check_turn_order(name: str, numbers: Tensor) -> None:
+    """Raise ValueError unless the numbers ascend; on a CPU only."""
     if numbers.device.type == "cpu" and bool((numbers[1:] < numbers[:-1]).any()):
         raise ValueError(f"{name} do not ascend; sort the turns by sequence")
 

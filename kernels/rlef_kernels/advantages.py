@@ -19,6 +19,7 @@ from rlef_kernels._checks import (
     check_turn_sequences,
 )
 from rlef_kernels._triton import has_triton
+from rlef_kernels.segments import discounted_sums, turn_borders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +108,8 @@ def turn_gae(
     check_floating("turn_rewards", turn_rewards)
     check_like("turn_rewards", turn_rewards, "turn_values", turn_values)
     check_turn_sequences("turn_sequences", turn_sequences, "turn_values", turn_values)
-    _, counts = torch.unique_consecutive(turn_sequences, return_counts=True)
     every_turn = torch.ones_like(turn_sequences, dtype=torch.bool)
-    borders = pad(counts.cumsum(0), (1, 0))  # [sequences + 1]
+    borders = turn_borders(turn_sequences)  # [turns + 1]
     return gae(turn_values, turn_rewards, every_turn, borders, gamma=gamma, lambda_=lambda_)
 
 
@@ -131,28 +131,9 @@ def _gae_in_torch(
     left = ends - torch.arange(ends.shape[0], device=ends.device)  # [actions] of its sequence, its own too
     next_values = torch.where(left > 1, values.roll(-1), 0)
     errors = rewards + gamma * next_values - values
-    estimates = _discounted_sums(errors, left, gamma * lambda_)
+    estimates = discounted_sums(errors, left, gamma * lambda_)
     advantages[action_mask], returns[action_mask] = estimates, estimates + values
     return advantages, returns
-
-
-def _discounted_sums(
-    terms: Tensor,  # [actions]
-    left: Tensor,  # [actions]
-    decay: float,
-) -> Tensor:
-    """The sum over i < left of decay^i terms[t + i], for each t.
-
-    After round k the first 2^k terms are in. Which terms meet in which round depends only on how far the end
-    of the sequence is, so a sequence gets the same bits alone as among others.
-    """
-    sums, reach = terms.clone(), 1
-    longest = int(left.max()) if left.numel() else 0
-    while reach < longest:
-        later = torch.where(left[:-reach] > reach, sums[reach:], 0)
-        sums[:-reach].add_(later, alpha=decay**reach)
-        reach *= 2
-    return sums
 
 
 def _gae_on_cuda(

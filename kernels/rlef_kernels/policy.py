@@ -12,8 +12,6 @@ from torch.distributed import ProcessGroup
 
 from rlef_kernels._checks import (
     accumulation_dtype,
-    check_border_order,
-    check_borders,
     check_floating,
     check_like,
     check_mask,
@@ -22,6 +20,7 @@ from rlef_kernels._checks import (
     check_positive,
 )
 from rlef_kernels.logprobs import logprobs_from_logits
+from rlef_kernels.segments import mean_weights  # noqa: F401 (where it used to be)
 
 KLEstimator = Literal["k1", "k2", "k3"]
 _KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -286,30 +285,6 @@ def ppo_policy_loss(
         weighted = entropies if weights is None else entropies * weights[mask].to(loss.dtype)
         loss = loss - entropy_coef * weighted.sum()
     return loss / normaliser, metrics
-
-
-def mean_weights(
-    cu_seqlens: Tensor,  # [segments + 1]
-    mask: Tensor,  # [tokens]
-) -> Tensor:
-    """Weights `[tokens]` float32 with which a sum over the mask becomes a sum of means, one for each segment.
-
-    A token's weight is 1 / (how many tokens of its segment are inside the mask), and 0 outside. Segments are
-    sequences, or turns, packed one after the other: segment i is the tokens from `cu_seqlens[i]` up to
-    `cu_seqlens[i + 1]`.
-
-    Raises:
-        ValueError: types or devices that do not fit, or (on a CPU) limits that do not ascend from 0 to the
-            number of tokens.
-    """
-    check_mask("mask", mask)
-    check_like("mask", mask, "mask", mask)
-    check_borders("cu_seqlens", cu_seqlens, "mask", mask)
-    check_border_order("cu_seqlens", cu_seqlens, mask.shape[0])
-    lengths = cu_seqlens.diff()
-    segments = torch.repeat_interleave(lengths, output_size=mask.shape[0])  # [tokens]
-    counts = torch.zeros_like(lengths).index_add(0, segments, mask.to(lengths.dtype))  # [segments]
-    return torch.where(mask, 1 / counts[segments], 0.0)
 
 
 def ppo_policy_loss_from_logits(

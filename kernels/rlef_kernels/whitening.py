@@ -6,16 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from rlef_kernels._checks import check_floating, check_like, check_mask, check_positive
-
-
-def _sum_over(group: ProcessGroup | None, *parts: Tensor) -> Tensor:
-    """The sum of each part over its elements and over the group, `[parts]` float64."""
-    sums = torch.stack([part.sum(dtype=torch.float64) for part in parts])
-    if group is not None:
-        dist.all_reduce(sums, group=group)
-    return sums
+from rlef_kernels._triton import has_triton
 
 
 def masked_mean(
@@ -32,8 +26,9 @@ def masked_mean(
     Raises:
         ValueError: shapes, types or devices that do not fit.
     """
-    total, count = _sum_over(group, *_chosen_and_ones(values, mask)).unbind()
-    return total / count.clamp(min=1)
+    _check(values, mask)
+    mean: Tensor = torch.ops.rlef_kernels.masked_mean(values.detach(), mask, _name_of(group))
+    return mean
 
 
 def masked_variance(
@@ -48,7 +43,9 @@ def masked_variance(
     Raises:
         ValueError: shapes, types or devices that do not fit.
     """
-    return _centred(values, mask, group)[1]
+    _check(values, mask)
+    moments: Tensor = torch.ops.rlef_kernels.masked_moments(values.detach(), mask, _name_of(group))
+    return moments[1]
 
 
 def masked_whiten(
@@ -79,32 +76,137 @@ def masked_whiten(
         ValueError: shapes, types or devices that do not fit, or an `eps` that is not above 0.
     """
     check_positive("eps", eps)
-    centred, variance = _centred(values, mask, group)
-    whitened = (centred / (variance + eps).sqrt()).to(values.dtype)
-    if mask is None:
-        return whitened
-    spread = torch.zeros_like(values)
-    spread[mask] = whitened
-    return spread
+    _check(values, mask)
+    whitened: Tensor = torch.ops.rlef_kernels.masked_whiten(
+        values.detach(), mask, float(eps), _name_of(group)
+    )
+    return whitened
 
 
-def _centred(values: Tensor, mask: Tensor | None, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """This process's values inside the mask less the mean of all, and the variance of all."""
-    chosen, ones = _chosen_and_ones(values, mask)
-    total, count = _sum_over(group, chosen, ones).unbind()
-    count = count.clamp(min=1)
-    centred = chosen - total / count
-    (squares,) = _sum_over(group, centred.square()).unbind()
-    return centred, squares / count
-
-
-def _chosen_and_ones(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The values inside the mask in float64, and as many ones."""
+def _check(values: Tensor, mask: Tensor | None) -> None:
     check_floating("values", values)
     check_like("values", values, "values", values)
     if mask is not None:
         check_mask("mask", mask)
         check_like("mask", mask, "values", values)
-        values = values[mask]
-    chosen = values.detach().to(torch.float64)
-    return chosen, torch.ones_like(chosen)
+
+
+def _name_of(group: ProcessGroup | None) -> str:
+    """An operator takes no object of ours, but the name under which torch keeps it."""
+    return "" if group is None else group.group_name
+
+
+def _summed_over(group_name: str, sums: Tensor) -> Tensor:
+    if group_name:
+        dist.all_reduce(sums, group=_resolve_process_group(group_name))  # type: ignore[arg-type]
+    return sums
+
+
+def merged_mean(
+    counts: Tensor,  # [parts]
+    totals: Tensor,  # [parts]
+    group_name: str,
+) -> Tensor:
+    """The mean of all parts of all processes, and their count: `[2]` float64."""
+    total, count = _summed_over(group_name, torch.stack([totals.sum(), counts.sum()])).unbind()
+    return torch.stack([total / count.clamp(min=1), count])
+
+
+def merged_moments(
+    counts: Tensor,  # [parts]
+    totals: Tensor,  # [parts]
+    squares: Tensor,  # [parts] summed, of what lies between a value and the mean of its part
+    group_name: str,
+) -> Tensor:
+    """Mean and variance of all parts of all processes, `[2]` float64.
+
+    What a part's mean lacks to the common one is added to the squares for each of its values (Chan, Golub and
+    LeVeque 1983), so that no part is read a second time.
+    """
+    mean, count = merged_mean(counts, totals, group_name).unbind()
+    away = totals / counts.clamp(min=1) - mean  # [parts]
+    deviation = (squares + counts * away.square()).sum()
+    return torch.stack([mean, _summed_over(group_name, deviation) / count.clamp(min=1)])
+
+
+def _one_part(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's count, total and squares, `[1]` float64 each."""
+    chosen = (values if mask is None else values[mask]).to(torch.float64)
+    count = torch.full((1,), chosen.shape[0], dtype=torch.float64, device=values.device)
+    total = chosen.sum().reshape(1)
+    return count, total, (chosen - total / count.clamp(min=1)).square().sum().reshape(1)
+
+
+def _mean_in_torch(values: Tensor, mask: Tensor | None, group_name: str) -> Tensor:
+    count, total, _ = _one_part(values, mask)
+    return merged_mean(count, total, group_name)[0].clone()
+
+
+def _moments_in_torch(values: Tensor, mask: Tensor | None, group_name: str) -> Tensor:
+    return merged_moments(*_one_part(values, mask), group_name)
+
+
+def _whiten_in_torch(values: Tensor, mask: Tensor | None, eps: float, group_name: str) -> Tensor:
+    mean, scale = _mean_and_scale(_moments_in_torch(values, mask, group_name), eps)
+    chosen = slice(None) if mask is None else mask
+    whitened = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    whitened[chosen] = ((values[chosen].to(torch.float64) - mean) * scale).to(values.dtype)
+    return whitened
+
+
+def _mean_and_scale(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean, variance = moments.unbind()
+    return mean, (variance + eps).rsqrt()
+
+
+def _mean_on_cuda(values: Tensor, mask: Tensor | None, group_name: str) -> Tensor:
+    if not has_triton():
+        return _mean_in_torch(values, mask, group_name)
+    from rlef_kernels._whitening_triton import parts_in_triton
+
+    counts, totals, _ = parts_in_triton(values, mask)
+    return merged_mean(counts, totals, group_name)[0].clone()
+
+
+def _moments_on_cuda(values: Tensor, mask: Tensor | None, group_name: str) -> Tensor:
+    if not has_triton():
+        return _moments_in_torch(values, mask, group_name)
+    from rlef_kernels._whitening_triton import parts_in_triton
+
+    return merged_moments(*parts_in_triton(values, mask), group_name)
+
+
+def _whiten_on_cuda(values: Tensor, mask: Tensor | None, eps: float, group_name: str) -> Tensor:
+    if not has_triton():
+        return _whiten_in_torch(values, mask, eps, group_name)
+    from rlef_kernels._whitening_triton import whitened_in_triton
+
+    mean, scale = _mean_and_scale(_moments_on_cuda(values, mask, group_name), eps)
+    return whitened_in_triton(values, mask, mean, scale)
+
+
+# Operators, so that torch.compile steps over them: how many values a mask leaves only the device knows.
+torch.library.define("rlef_kernels::masked_mean", "(Tensor values, Tensor? mask, str group_name) -> Tensor")
+torch.library.impl("rlef_kernels::masked_mean", "default", _mean_in_torch)
+torch.library.impl("rlef_kernels::masked_mean", "cuda", _mean_on_cuda)
+torch.library.register_fake(
+    "rlef_kernels::masked_mean", lambda values, _mask, _group_name: values.new_empty((), dtype=torch.float64)
+)
+
+torch.library.define(
+    "rlef_kernels::masked_moments", "(Tensor values, Tensor? mask, str group_name) -> Tensor"
+)
+torch.library.impl("rlef_kernels::masked_moments", "default", _moments_in_torch)
+torch.library.impl("rlef_kernels::masked_moments", "cuda", _moments_on_cuda)
+torch.library.register_fake(
+    "rlef_kernels::masked_moments", lambda values, _mask, _name: values.new_empty((2,), dtype=torch.float64)
+)
+
+torch.library.define(
+    "rlef_kernels::masked_whiten", "(Tensor values, Tensor? mask, float eps, str group_name) -> Tensor"
+)
+torch.library.impl("rlef_kernels::masked_whiten", "default", _whiten_in_torch)
+torch.library.impl("rlef_kernels::masked_whiten", "cuda", _whiten_on_cuda)
+torch.library.register_fake(
+    "rlef_kernels::masked_whiten", lambda values, _mask, _eps, _name: values.new_empty(values.shape)
+)

@@ -164,6 +164,17 @@ def test_torch_compile_steps_over_it_without_a_break() -> None:
     assert torch.equal(compiled(pack.values), whole(pack.values))
 
 
+def test_torch_compile_steps_over_that_of_turns_too() -> None:
+    sequences, rewards = torch.tensor([2, 2, 2, 5]), torch.ones(4)
+
+    def whole(values: torch.Tensor) -> torch.Tensor:
+        return turn_gae(2 * values, rewards, sequences, gamma=0.9, lambda_=0.8).advantages + 1
+
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    values = torch.arange(4.0)
+    assert torch.equal(compiled(values), whole(values))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_operator_keeps_what_its_schema_promises(dtype: torch.dtype) -> None:
     pack = pack_of([5, 0, 6], seed=3, acting=1).in_type(dtype)

@@ -1,3 +1,5 @@
+"""`interpreted_segments.py` runs these tests a second time, with the Triton kernels."""
+
 from __future__ import annotations
 
 import pytest
@@ -41,6 +43,48 @@ def test_a_nan_stays_in_its_sequence() -> None:
     assert turn_returns(rewards, torch.tensor([0, 1, 1, 2])).isnan().tolist() == [False, True, False, False]
 
 
+def test_gradients_equal_finite_differences_twice() -> None:
+    rewards = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    sequences = torch.tensor([0, 0, 0, 2, 5, 5])
+
+    def returns(rewards: torch.Tensor) -> torch.Tensor:
+        return turn_returns(rewards * rewards, sequences)
+
+    assert torch.autograd.gradcheck(returns, (rewards,))
+    assert torch.autograd.gradgradcheck(returns, (rewards,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    rewards = torch.ones(600, dtype=dtype)
+    returns = turn_returns(rewards, torch.zeros(600, dtype=torch.int64))
+    assert torch.equal(returns, torch.arange(600, 0, -1).to(dtype))
+
+
+def test_strided_rewards_give_the_same_returns() -> None:
+    table = torch.arange(8.0).view(4, 2)
+    assert turn_returns(table[:, 1], torch.tensor([0, 0, 0, 1])).tolist() == [9.0, 8.0, 5.0, 7.0]
+
+
+def test_torch_compile_steps_over_it_without_a_break() -> None:
+    sequences = torch.tensor([3, 3, 3, 7])
+
+    def whole(rewards: torch.Tensor) -> torch.Tensor:
+        return turn_returns(2 * rewards, sequences) + 1
+
+    rewards, same = (torch.arange(4.0, requires_grad=True) for _ in range(2))
+    found, expected = torch.compile(whole, fullgraph=True, backend="aot_eager")(rewards), whole(same)
+    found.sum().backward()
+    expected.sum().backward()
+    assert rewards.grad is not None
+    assert torch.equal(found, expected)
+    assert torch.equal(rewards.grad, same.grad)
+
+
+def test_one_turn_returns_its_reward() -> None:
+    assert turn_returns(torch.tensor([3.0]), torch.tensor([8])).tolist() == [3.0]
+
+
 def test_no_turn_gives_no_return() -> None:
     assert turn_returns(torch.empty(0), torch.empty(0, dtype=torch.int64)).tolist() == []
 
@@ -48,7 +92,6 @@ def test_no_turn_gives_no_return() -> None:
 @pytest.mark.parametrize(
     ("rewards", "sequences", "message"),
     [
-        (torch.zeros(2), torch.tensor([1, 0]), r"turn_sequences do not ascend; sort the turns by sequence"),
         (torch.zeros(2), torch.tensor([0]), r"turn_sequences has shape \[1\] but turn_rewards has \[2\]"),
         (torch.zeros(1), torch.zeros(1), r"turn_sequences is torch.float32; convert it to torch.int64"),
         (torch.zeros(1).int(), torch.tensor([0]), r"turn_rewards is torch.int32; convert it to a floating"),
@@ -59,3 +102,8 @@ def test_what_cannot_be_right_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         turn_returns(rewards, sequences)
+
+
+def test_on_a_cpu_sequences_that_do_not_ascend_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^turn_sequences do not ascend; sort the turns by sequence$"):
+        turn_returns(torch.zeros(2), torch.tensor([1, 0]))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rlef.records import Batch
-from rlef_kernels import masked_whiten, turn_returns
+from rlef_kernels import masked_whiten, segment_mean, turn_returns
 
 
 def turn_kl(
@@ -23,11 +23,10 @@ def turn_kl(
     its tokens': a long response costs no more than a short one. Tokens that the policy did not choose are not
     read.
     """
-    turns = batch.token_turns[batch.response_mask]  # [response tokens]
-    log_ratio = (policy_logprobs[batch.response_mask] - reference_logprobs[batch.response_mask]).double()
-    sums = log_ratio.new_zeros(batch.num_turns).index_add_(0, turns, log_ratio)
-    counts = torch.bincount(turns, minlength=batch.num_turns)
-    return (sums / counts).float()
+    mask = batch.response_mask
+    turns = batch.token_turns[mask]  # [response tokens] ascending
+    borders = torch.searchsorted(turns, torch.arange(batch.num_turns + 1, device=turns.device))
+    return segment_mean(policy_logprobs[mask] - reference_logprobs[mask], borders)
 
 
 def advantages_and_returns(

@@ -42,18 +42,37 @@ class Response:
     token_ids: list[int]  # [response tokens]
     logprobs: list[float]  # [response tokens] after temperature and top-p
     finish_reason: str  # "stop" or "length"
-    version: int  # of the weights that sampled it
+    versions: list[int]  # [response tokens] of the weights that sampled each
 
 
 class Sampler(Protocol):
     """Decodes with the policy's weights. Token ids in, token ids out."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """Responses in the order of `requests`."""
+        """Responses in the order of `requests`. Only while nothing submitted is under way."""
         ...
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace the weights; names and shapes are those of the Hugging Face checkpoint."""
+        """Replace the weights; names and shapes are those of the Hugging Face checkpoint.
+
+        What is under way goes on with them, from its next token on, and keeps what it has.
+        """
+        ...
+
+
+class StreamingSampler(Sampler, Protocol):
+    """A sampler that takes requests one by one while others are under way."""
+
+    def submit(self, request: Request, params: SamplingParams) -> None:
+        """Queue a request; no other under way has its `stream`, and all have the same `params`."""
+        ...
+
+    def step(self) -> list[tuple[int, Response]]:
+        """Sample at least one more token for what is under way; (stream, response) of what has finished."""
+        ...
+
+    def abort(self) -> None:
+        """Forget everything that is under way."""
         ...
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from rlef import prompts
 from rlef.config import FeedbackKind, RolloutConfig
-from rlef.ports import Request, Response, Sampler, SamplingParams
+from rlef.ports import Request, Response, SamplingParams, StreamingSampler
 from rlef.prompts import Dialog, FailedTest
 from rlef.records import Episode, Problem, Turn, TurnOutcome
 from rlef_sandbox import Executor, Job, Limits, Result, Verdict
@@ -31,7 +31,7 @@ class Collection:
 class CollectSettings(TypedDict):
     """What `collect` needs besides the problems."""
 
-    sampler: Sampler
+    sampler: StreamingSampler
     executor: Executor
     dialog: Dialog
     settings: RolloutConfig
@@ -41,7 +41,7 @@ class CollectSettings(TypedDict):
 
 
 @dataclass(slots=True, eq=False)
-class _Attempt:
+class Attempt:
     """An episode under way."""
 
     problem: Problem
@@ -63,7 +63,37 @@ class _Attempt:
         self.token_ids += response.token_ids
         self.sampled += [True] * len(response.token_ids)
         self.logprobs += response.logprobs
-        self.versions += [response.version] * len(response.token_ids)
+        self.versions += response.versions
+
+    def add_turn(self, response: Response, code: str | None, results: Sequence[Result]) -> None:
+        """What came of the response that was given last."""
+        self.turns.append(
+            Turn(
+                start=len(self.token_ids) - len(response.token_ids),
+                end=len(self.token_ids),
+                finish_reason=response.finish_reason,
+                code=code,
+                outcome=prompts.turn_outcome(code, results),
+                public_results=tuple(results),
+            )
+        )
+
+    def public_job(self, code: str) -> Job:
+        return Job(code, self.problem.public_tests, limits=limits_of(self.problem))
+
+    def private_job(self) -> Job:
+        """Of the last code, up to the first failure."""
+        return Job(
+            self.turns[-1].code or "",
+            self.problem.private_tests,
+            limits=limits_of(self.problem),
+            stop_at_first_failure=True,
+        )
+
+    def judge(self, results: Sequence[Result]) -> int:
+        """How many private tests were run."""
+        self.solved = all(result.verdict is Verdict.PASSED for result in results)
+        return sum(result.verdict is not Verdict.SKIPPED for result in results)
 
     @property
     def passed_public(self) -> bool:
@@ -86,7 +116,7 @@ def collect(
     problems: Sequence[Problem],
     *,
     numbers: Sequence[int],
-    sampler: Sampler,
+    sampler: StreamingSampler,
     executor: Executor,
     dialog: Dialog,
     settings: RolloutConfig,
@@ -99,7 +129,7 @@ def collect(
     An episode ends when all public tests pass or `turns` responses are given; its last code is then judged on
     all tests. A failure of the sandbox itself is raised (`SandboxFault`), never scored.
     """
-    attempts = [_begin(problem, number, dialog) for problem, number in zip(problems, numbers, strict=True)]
+    attempts = [begin(problem, number, dialog) for problem, number in zip(problems, numbers, strict=True)]
     sampling_s, executing_s, tests_run = 0.0, 0.0, 0
     live = attempts
     for turn in range(turns):
@@ -160,49 +190,38 @@ def limits_of(problem: Problem) -> Limits:
     )
 
 
-def _begin(problem: Problem, number: int, dialog: Dialog) -> _Attempt:
-    attempt = _Attempt(problem, number, [])
+def begin(problem: Problem, number: int, dialog: Dialog) -> Attempt:
+    attempt = Attempt(problem, number, [])
     attempt.observe(dialog.prompt(problem.statement))
     return attempt
 
 
 def _run_public_tests(
-    attempts: Sequence[_Attempt], responses: Sequence[Response], dialog: Dialog, executor: Executor
+    attempts: Sequence[Attempt], responses: Sequence[Response], dialog: Dialog, executor: Executor
 ) -> list[list[Result]]:
     """Append a turn to every attempt. A response without code runs nothing."""
     codes = [prompts.extract_code(dialog.decode(response.token_ids)) for response in responses]
     jobs = [
-        Job(code, attempt.problem.public_tests, limits=limits_of(attempt.problem))
-        for attempt, code in zip(attempts, codes, strict=True)
-        if code is not None
+        attempt.public_job(code) for attempt, code in zip(attempts, codes, strict=True) if code is not None
     ]
     executed = iter(executor.run_many(jobs))
     all_results = [next(executed) if code is not None else [] for code in codes]
     for attempt, response, code, results in zip(attempts, responses, codes, all_results, strict=True):
-        attempt.turns.append(
-            Turn(
-                start=len(attempt.token_ids) - len(response.token_ids),
-                end=len(attempt.token_ids),
-                finish_reason=response.finish_reason,
-                code=code,
-                outcome=prompts.turn_outcome(code, results),
-                public_results=tuple(results),
-            )
-        )
+        attempt.add_turn(response, code, results)
     return all_results
 
 
-def _messages(attempts: Sequence[_Attempt], feedback: FeedbackKind, settings: RolloutConfig) -> list[str]:
+def _messages(attempts: Sequence[Attempt], feedback: FeedbackKind, settings: RolloutConfig) -> list[str]:
     """The feedback that each failed attempt is shown."""
     if feedback == "none":
         return [prompts.untold_text()] * len(attempts)
-    true = [_true_message(attempt, settings) for attempt in attempts]
+    true = [true_message(attempt, settings) for attempt in attempts]
     if feedback == "true":
         return true
     return [_unrelated_message(index, attempts, true) for index in range(len(attempts))]
 
 
-def _true_message(attempt: _Attempt, settings: RolloutConfig) -> str:
+def true_message(attempt: Attempt, settings: RolloutConfig) -> str:
     turn = attempt.turns[-1]
     if turn.code is None:
         return prompts.no_code_text()
@@ -214,7 +233,7 @@ def _true_message(attempt: _Attempt, settings: RolloutConfig) -> str:
     return prompts.feedback_text(failed, max_test_characters=settings.max_test_characters)
 
 
-def _unrelated_message(index: int, attempts: Sequence[_Attempt], messages: Sequence[str]) -> str:
+def _unrelated_message(index: int, attempts: Sequence[Attempt], messages: Sequence[str]) -> str:
     """What execution said about a wrong program for another problem of this collection.
 
     The neighbour that it is taken from is keyed by the episode's number. Where no other problem failed in
@@ -229,20 +248,8 @@ def _unrelated_message(index: int, attempts: Sequence[_Attempt], messages: Seque
     return prompts.untold_text()
 
 
-def _judge(attempts: Sequence[_Attempt], executor: Executor) -> int:
+def _judge(attempts: Sequence[Attempt], executor: Executor) -> int:
     """Run the private tests of attempts whose public tests pass, up to the first failure; how many were
     run."""
-    jobs = [
-        Job(
-            attempt.turns[-1].code or "",
-            attempt.problem.private_tests,
-            limits=limits_of(attempt.problem),
-            stop_at_first_failure=True,
-        )
-        for attempt in attempts
-    ]
-    tests_run = 0
-    for attempt, results in zip(attempts, executor.run_many(jobs), strict=True):
-        attempt.solved = all(result.verdict is Verdict.PASSED for result in results)
-        tests_run += sum(result.verdict is not Verdict.SKIPPED for result in results)
-    return tests_run
+    all_results = executor.run_many([attempt.private_job() for attempt in attempts])
+    return sum(attempt.judge(results) for attempt, results in zip(attempts, all_results, strict=True))

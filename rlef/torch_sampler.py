@@ -62,11 +62,19 @@ def sampling_logprobs(logits: Tensor, *, temperature: float, top_p: float) -> Te
 class _Row:
     """One response under way in one row of the cache."""
 
-    index: int  # of the request
     request: Request
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+
+    def response(self) -> Response:
+        return Response(
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            versions=self.versions,
+            finish_reason=self.finish_reason or "length",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,7 @@ class _LayerWeights:
 
 
 class TorchSampler:
-    """`ports.Sampler` for a Llama of any size that fits in this process's memory."""
+    """`ports.StreamingSampler` for a Llama of any size that fits in this process's memory."""
 
     def __init__(
         self, shape: ModelShape, *, end_token_id: int, slots: int, device: torch.device | None = None
@@ -90,6 +98,10 @@ class TorchSampler:
         self._end_token_id = end_token_id
         self._slots = slots
         self._version = -1
+        self._waiting: deque[_Row] = deque()
+        self._active: list[_Row] = []
+        self._streams: set[int] = set()  # of what waits or is active
+        self._params: SamplingParams | None = None  # of what is under way
         cache_shape = (slots, shape.num_key_value_heads, shape.max_position_embeddings, shape.head_dim)
         self._keys = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
         self._values = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
@@ -119,34 +131,54 @@ class TorchSampler:
         self._output = self._embedding if tied else weights["lm_head.weight"].clone()  # [vocab, hidden]
         self._version = version
 
-    @torch.inference_mode()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        if self._streams:
+            raise RuntimeError("responses are under way; take them by step(), or abort() them")
+        order = {request.stream: index for index, request in enumerate(requests)}
+        responses: dict[int, Response] = {}
+        try:
+            for request in requests:
+                self.submit(request, params)
+            while len(responses) < len(requests):
+                responses |= {order[stream]: response for stream, response in self.step()}
+        finally:
+            self.abort()
+        return [responses[index] for index in range(len(requests))]
+
+    def submit(self, request: Request, params: SamplingParams) -> None:
         if self._version < 0:
-            raise RuntimeError("the sampler has no weights yet; push() them before generate()")
-        for request in requests:
-            self._check(request)
-        waiting = deque(_Row(index, request) for index, request in enumerate(requests))
-        active: list[_Row] = []
-        finished: list[_Row] = []
-        while waiting or active:
-            fresh = [waiting.popleft() for _ in range(min(len(waiting), self._slots - len(active)))]
-            if fresh:
-                self._choose(fresh, self._prefill(fresh, first_row=len(active)), params)
-                active += fresh
+            raise RuntimeError("the sampler has no weights yet; push() them first")
+        self._check(request)
+        if request.stream in self._streams:
+            raise ValueError(f"stream {request.stream} is under way already; give each request its own")
+        if self._streams and params != self._params:
+            raise ValueError(f"{params} differ from the {self._params} under way; wait until those are done")
+        self._params = params
+        self._streams.add(request.stream)
+        self._waiting.append(_Row(request))
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Response]]:
+        """Fill free rows of the cache, then one token more for every row."""
+        if not self._streams:
+            return []
+        assert self._params is not None
+        active = self._active
+        fresh = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._slots - len(active)))]
+        if fresh:
+            self._choose(fresh, self._prefill(fresh, first_row=len(active)), self._params)
+            active += fresh
+        finished = self._retire(active)
+        if active:
+            self._choose(active, self._decode(active), self._params)
             finished += self._retire(active)
-            if active:
-                self._choose(active, self._decode(active), params)
-                finished += self._retire(active)
-        finished.sort(key=lambda row: row.index)
-        return [
-            Response(
-                token_ids=row.token_ids,
-                logprobs=row.logprobs,
-                finish_reason=row.finish_reason or "length",
-                version=self._version,
-            )
-            for row in finished
-        ]
+        self._streams -= {row.request.stream for row in finished}
+        return [(row.request.stream, row.response()) for row in finished]
+
+    def abort(self) -> None:
+        self._waiting.clear()
+        self._active.clear()
+        self._streams.clear()
 
     def _check(self, request: Request) -> None:
         context = self._shape.max_position_embeddings
@@ -248,6 +280,7 @@ class TorchSampler:
         ):
             row.token_ids.append(token_id)
             row.logprobs.append(logprob)
+            row.versions.append(self._version)
             if token_id == self._end_token_id:
                 row.finish_reason = "stop"
             elif (

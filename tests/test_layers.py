@@ -22,7 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {"learner", "megatron_policy", "report", "rollout", "torch_policy", "torch_sampler", "vllm_sampler"}
     ),
-    frozenset({"doctor", "evaluate", "pretrain"}),
+    frozenset({"doctor", "evaluate", "pretrain", "streaming"}),
     frozenset({"standalone", "train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
@@ -34,7 +34,7 @@ DOORS = {
     "vllm": {"vllm_sampler"},
     "flash_attn": {"attention"},
     "transformers": set(),
-    "triton": {"_gae_triton", "_logprobs_triton"},
+    "triton": {path.stem for path in (ROOT / "kernels" / "rlef_kernels").glob("_*_triton.py")},
 }
 
 TRAINER = sorted((ROOT / "rlef").rglob("*.py"))

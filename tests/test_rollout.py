@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import pytest
 from torch import Tensor
@@ -13,6 +14,7 @@ from rlef.pretrained import model_folder
 from rlef.prompts import Dialog
 from rlef.records import Episode, Problem, TurnOutcome
 from rlef.rollout import Collection, collect, limits_of
+from rlef.streaming import collect_overlapped
 from rlef_sandbox import Executor, SandboxFault, Test
 
 SETTINGS = RolloutConfig()
@@ -43,10 +45,22 @@ class Script:
         self._lines = {number: iter(texts) for number, texts in enumerate(lines)}
         self._finish = finish
         self.asked: list[list[int]] = []
+        self._submitted: list[tuple[int, Response]] = []
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         assert params is PARAMS
         return [self._answer(request) for request in requests]
+
+    def submit(self, request: Request, params: SamplingParams) -> None:
+        assert params is PARAMS
+        self._submitted.append((request.stream, self._answer(request)))
+
+    def step(self) -> list[tuple[int, Response]]:
+        finished, self._submitted = self._submitted, []
+        return finished
+
+    def abort(self) -> None:
+        self._submitted.clear()
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         raise AssertionError("a script has no weights")
@@ -57,7 +71,7 @@ class Script:
         if self._finish == "length":
             ids = ids[:-1]
         logprobs = [-0.5] * len(ids)
-        return Response(token_ids=ids, logprobs=logprobs, finish_reason=self._finish, version=4)
+        return Response(token_ids=ids, logprobs=logprobs, versions=[4] * len(ids), finish_reason=self._finish)
 
 
 @pytest.fixture(scope="module")
@@ -71,75 +85,94 @@ def executor() -> Iterator[Executor]:
         yield executor
 
 
-def run(
-    dialog: Dialog,
-    executor: Executor,
-    *lines: Sequence[str],
-    feedback: FeedbackKind = "true",
-    problems: Sequence[Problem] | None = None,
-    finish: str = "stop",
-    turns: int = 3,
-) -> tuple[Collection, Script]:
-    script = Script(dialog, *lines, finish=finish)
-    collection = collect(
-        problems or [problem(f"double{number}") for number in range(len(lines))],
-        numbers=range(len(lines)),
-        sampler=script,
-        executor=executor,
-        dialog=dialog,
-        settings=SETTINGS,
-        params=PARAMS,
-        turns=turns,
-        feedback=feedback,
-    )
-    return collection, script
+class Run(Protocol):
+    """Collects an episode for each of `lines`."""
+
+    def __call__(
+        self,
+        *lines: Sequence[str],
+        feedback: FeedbackKind = "true",
+        problems: Sequence[Problem] | None = None,
+        finish: str = "stop",
+        turns: int = 3,
+    ) -> tuple[Collection, Script]: ...
+
+
+def runner(collector: Callable[..., Collection], dialog: Dialog, executor: Executor) -> Run:
+    def run(
+        *lines: Sequence[str],
+        feedback: FeedbackKind = "true",
+        problems: Sequence[Problem] | None = None,
+        finish: str = "stop",
+        turns: int = 3,
+    ) -> tuple[Collection, Script]:
+        script = Script(dialog, *lines, finish=finish)
+        collection = collector(
+            problems or [problem(f"double{number}") for number in range(len(lines))],
+            numbers=range(len(lines)),
+            sampler=script,
+            executor=executor,
+            dialog=dialog,
+            settings=SETTINGS,
+            params=PARAMS,
+            turns=turns,
+            feedback=feedback,
+        )
+        return collection, script
+
+    return run
+
+
+@pytest.fixture(params=[collect, collect_overlapped], ids=["in_lockstep", "overlapped"])
+def run(request: pytest.FixtureRequest, dialog: Dialog, executor: Executor) -> Run:
+    return runner(request.param, dialog, executor)
 
 
 def outcomes(episode: Episode) -> list[TurnOutcome]:
     return [turn.outcome for turn in episode.turns]
 
 
-def test_an_episode_ends_when_the_public_tests_pass(dialog: Dialog, executor: Executor) -> None:
-    (episode,) = run(dialog, executor, [PLUS_TWO, DOUBLE])[0].episodes
+def test_an_episode_ends_when_the_public_tests_pass(run: Run, dialog: Dialog) -> None:
+    (episode,) = run([PLUS_TWO, DOUBLE])[0].episodes
     assert outcomes(episode) == [TurnOutcome.WRONG_OUTPUT, TurnOutcome.PASSED]
     assert episode.solved
 
 
-def test_passing_the_public_tests_is_not_solving(dialog: Dialog, executor: Executor) -> None:
-    (episode,) = run(dialog, executor, [SQUARE])[0].episodes
+def test_passing_the_public_tests_is_not_solving(run: Run, dialog: Dialog) -> None:
+    (episode,) = run([SQUARE])[0].episodes
     assert outcomes(episode) == [TurnOutcome.PASSED]
     assert episode.passed_public
     assert not episode.solved
 
 
-def test_the_turn_limit_ends_an_episode_that_never_passes(dialog: Dialog, executor: Executor) -> None:
-    (episode,) = run(dialog, executor, [PLUS_TWO] * 3)[0].episodes
+def test_the_turn_limit_ends_an_episode_that_never_passes(run: Run, dialog: Dialog) -> None:
+    (episode,) = run([PLUS_TWO] * 3)[0].episodes
     assert outcomes(episode) == [TurnOutcome.WRONG_OUTPUT] * 3
     assert not episode.solved
 
 
-def test_a_response_without_code_consumes_its_turn_and_is_told_so(dialog: Dialog, executor: Executor) -> None:
-    collection, script = run(dialog, executor, ["no idea", DOUBLE])
+def test_a_response_without_code_consumes_its_turn_and_is_told_so(run: Run, dialog: Dialog) -> None:
+    collection, script = run(["no idea", DOUBLE])
     (episode,) = collection.episodes
     assert outcomes(episode) == [TurnOutcome.NO_CODE, TurnOutcome.PASSED]
     assert episode.turns[0].code is None
     assert "No program could be found" in dialog.decode(script.asked[1])
 
 
-def test_feedback_lists_the_failing_test_and_no_passing_one(dialog: Dialog, executor: Executor) -> None:
-    _, script = run(dialog, executor, [PLUS_TWO, DOUBLE])
+def test_feedback_lists_the_failing_test_and_no_passing_one(run: Run, dialog: Dialog) -> None:
+    _, script = run([PLUS_TWO, DOUBLE])
     told = dialog.decode(script.asked[1])
     assert "- input:\n0\nexpected output:\n0\nyour output:\n2" in told
     assert told.count("- input:") == 1
 
 
-def test_private_tests_are_never_shown(dialog: Dialog, executor: Executor) -> None:
-    _, script = run(dialog, executor, [PLUS_TWO] * 3)
+def test_private_tests_are_never_shown(run: Run, dialog: Dialog) -> None:
+    _, script = run([PLUS_TWO] * 3)
     assert all("10" not in dialog.decode(asked) for asked in script.asked)
 
 
-def test_token_ids_are_one_growing_list(dialog: Dialog, executor: Executor) -> None:
-    collection, script = run(dialog, executor, [PLUS_TWO, "no idea", DOUBLE])
+def test_token_ids_are_one_growing_list(run: Run, dialog: Dialog) -> None:
+    collection, script = run([PLUS_TWO, "no idea", DOUBLE])
     (episode,) = collection.episodes
     for asked, turn in zip(script.asked, episode.turns, strict=True):
         assert episode.token_ids[: turn.start] == asked
@@ -147,8 +180,8 @@ def test_token_ids_are_one_growing_list(dialog: Dialog, executor: Executor) -> N
     assert len({len(values) for values in lists}) == 1
 
 
-def test_only_response_tokens_are_marked_as_sampled(dialog: Dialog, executor: Executor) -> None:
-    (episode,) = run(dialog, executor, [PLUS_TWO, DOUBLE])[0].episodes
+def test_only_response_tokens_are_marked_as_sampled(run: Run, dialog: Dialog) -> None:
+    (episode,) = run([PLUS_TWO, DOUBLE])[0].episodes
     inside = {index for turn in episode.turns for index in range(turn.start, turn.end)}
     assert {index for index, sampled in enumerate(episode.sampled) if sampled} == inside
     assert all(
@@ -160,22 +193,21 @@ def test_only_response_tokens_are_marked_as_sampled(dialog: Dialog, executor: Ex
     )
 
 
-def test_a_response_cut_at_its_length_is_closed_by_us_not_by_the_policy(
-    dialog: Dialog, executor: Executor
-) -> None:
-    (episode,) = run(dialog, executor, [PLUS_TWO, DOUBLE], finish="length")[0].episodes
+def test_a_response_cut_at_its_length_is_closed_by_us_not_by_the_policy(run: Run, dialog: Dialog) -> None:
+    (episode,) = run([PLUS_TWO, DOUBLE], finish="length")[0].episodes
     end = episode.turns[0].end
     assert episode.token_ids[end] == dialog.end_token_id
     assert not episode.sampled[end]
 
 
-def test_without_feedback_only_the_failure_is_told(dialog: Dialog, executor: Executor) -> None:
-    _, script = run(dialog, executor, [PLUS_TWO, DOUBLE], feedback="none")
+def test_without_feedback_only_the_failure_is_told(run: Run, dialog: Dialog) -> None:
+    _, script = run([PLUS_TWO, DOUBLE], feedback="none")
     assert "Your code failed." in dialog.decode(script.asked[1])
     assert "- input:" not in dialog.decode(script.asked[1])
 
 
 def test_random_feedback_is_that_of_another_problem(dialog: Dialog, executor: Executor) -> None:
+    run = runner(collect, dialog, executor)
     other = Problem(
         id="other",
         statement="Print the number.",
@@ -186,9 +218,7 @@ def test_random_feedback_is_that_of_another_problem(dialog: Dialog, executor: Ex
         source="test",
     )
     lines = [PLUS_TWO, DOUBLE], [DOUBLE, PLUS_TWO]
-    collection, script = run(
-        dialog, executor, *lines, feedback="random", problems=[problem(), other], turns=2
-    )
+    collection, script = run(*lines, feedback="random", problems=[problem(), other], turns=2)
     assert "- input:\n7\nexpected output:\n7\nyour output:\n14" in dialog.decode(script.asked[2])
     assert "- input:\n0\nexpected output:\n0\nyour output:\n2" in dialog.decode(script.asked[3])
     assert [episode.solved for episode in collection.episodes] == [True, False]
@@ -197,16 +227,15 @@ def test_random_feedback_is_that_of_another_problem(dialog: Dialog, executor: Ex
 def test_random_feedback_without_another_failure_tells_only_the_failure(
     dialog: Dialog, executor: Executor
 ) -> None:
-    _, script = run(dialog, executor, [PLUS_TWO, DOUBLE], feedback="random")
+    run = runner(collect, dialog, executor)
+    _, script = run([PLUS_TWO, DOUBLE], feedback="random")
     assert "- input:" not in dialog.decode(script.asked[1])
 
 
-def test_tests_run_counts_the_private_ones_up_to_the_first_failure(
-    dialog: Dialog, executor: Executor
-) -> None:
-    assert run(dialog, executor, [DOUBLE])[0].tests_run == 2 + 2
-    assert run(dialog, executor, [SQUARE])[0].tests_run == 2 + 1
-    assert run(dialog, executor, ["no idea"], turns=1)[0].tests_run == 0
+def test_tests_run_counts_the_private_ones_up_to_the_first_failure(run: Run) -> None:
+    assert run([DOUBLE])[0].tests_run == 2 + 2
+    assert run([SQUARE])[0].tests_run == 2 + 1
+    assert run(["no idea"], turns=1)[0].tests_run == 0
 
 
 def test_the_problems_limits_hold_and_the_wall_clock_is_the_looser_one() -> None:
@@ -219,5 +248,11 @@ def test_the_problems_limits_hold_and_the_wall_clock_is_the_looser_one() -> None
 def test_a_fault_of_the_sandbox_is_raised_and_not_scored(dialog: Dialog) -> None:
     closed = Executor(workers=1)
     closed.close()
-    with pytest.raises(SandboxFault):
-        run(dialog, closed, [DOUBLE])
+    for collector in (collect, collect_overlapped):
+        with pytest.raises(SandboxFault):
+            runner(collector, dialog, closed)([DOUBLE])
+
+
+def test_random_feedback_cannot_be_overlapped(dialog: Dialog, executor: Executor) -> None:
+    with pytest.raises(ValueError, match="lockstep"):
+        runner(collect_overlapped, dialog, executor)([DOUBLE], feedback="random")

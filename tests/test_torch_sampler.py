@@ -133,11 +133,58 @@ def test_pushed_weights_are_used_and_their_version_is_told(model: LlamaModel) ->
     before = used.generate(requests(), params())
     used.push(other.state_dict().items(), version=8)
     after = used.generate(requests(), params())
-    assert {response.version for response in before} == {7}
-    assert {response.version for response in after} == {8}
+    assert {version for response in before for version in response.versions} == {7}
+    assert {version for response in after for version in response.versions} == {8}
     assert [r.token_ids for r in after] == [
         r.token_ids for r in sampler(other).generate(requests(), params())
     ]
+
+
+def drain(used: TorchSampler) -> dict[int, Response]:
+    finished: dict[int, Response] = {}
+    for _ in range(2 * 12 * len(PROMPTS)):
+        finished |= dict(used.step())
+    return finished
+
+
+def test_requests_that_come_while_others_decode_get_the_same_responses(model: LlamaModel) -> None:
+    together = sampler(model).generate(requests(), params())
+    used = sampler(model, slots=3)
+    finished: dict[int, Response] = {}
+    for request in requests():
+        used.submit(request, params())
+        finished |= dict(used.step())
+    finished |= drain(used)
+    assert [finished[request.stream].token_ids for request in requests()] == [r.token_ids for r in together]
+
+
+def test_weights_pushed_midway_serve_from_the_next_token_on(model: LlamaModel) -> None:
+    other = LlamaModel(SHAPE)
+    initialise(other, seed=1)
+    used = sampler(model)
+    request = Request(stream=3, token_ids=[5, 6])
+    used.submit(request, params())
+    assert used.step() == []  # two tokens
+    used.push(other.state_dict().items(), version=8)
+    response = drain(used)[3]
+    (whole,) = sampler(model).generate([request], params())
+    assert response.token_ids[:2] == whole.token_ids[:2]
+    assert response.versions == [7, 7] + [8] * (len(response.token_ids) - 2)
+    assert response.token_ids != whole.token_ids
+
+
+def test_what_is_under_way_has_one_setting_and_streams_of_its_own(model: LlamaModel) -> None:
+    used = sampler(model)
+    used.submit(requests()[0], params())
+    with pytest.raises(ValueError, match="stream 100 is under way already"):
+        used.submit(requests()[0], params())
+    with pytest.raises(ValueError, match="differ from"):
+        used.submit(requests()[1], params(temperature=0.5))
+    with pytest.raises(RuntimeError, match="under way"):
+        used.generate([requests()[1]], params())
+    used.abort()
+    assert used.step() == []
+    used.submit(requests()[0], params(temperature=0.5))
 
 
 def test_a_tied_model_reads_its_embedding_as_the_output_layer() -> None:

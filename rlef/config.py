@@ -78,6 +78,8 @@ class RolloutConfig(Section):
     max_test_characters: PositiveInt = 512  # of one test's input or output inside feedback
     max_response_tokens: PositiveInt = 1024
     slots: PositiveInt = 128  # sequences that the embedded sampler decodes at once
+    overlap: bool = False  # programs run while other episodes decode; results depend on the clock by rounding
+    max_staleness: NonNegativeInt = 0  # versions that a token may be older than the weights it trains
 
 
 class ExecutorConfig(Section):
@@ -172,6 +174,11 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"rollout.temperature = {config.rollout.temperature} and rollout.top_p = {config.rollout.top_p}: "
             "the policy is trained on what it samples untempered, so both must be 1 (evaluation has its own)"
+        )
+    if config.rollout.feedback == "random" and (config.rollout.overlap or config.rollout.max_staleness):
+        raise ConfigError(
+            "rollout.feedback = 'random' takes what other programs of the same turn were told, so it needs "
+            "rollout.overlap = false and rollout.max_staleness = 0"
         )
     episodes, updates = config.rollout.episodes_per_step, config.ppo.updates_per_step
     if episodes % updates:

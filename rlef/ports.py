@@ -29,19 +29,27 @@ class Request:
 
     `stream` keys the random numbers: the uniform for the token at absolute position p of the dialog is a
     function of (seed, stream, p) alone, so a response does not depend on what it was batched with.
+
+    To go on with a response that was begun, its `num_sampled` tokens stand at the end of `token_ids`; they
+    count towards the most tokens, and are not given again.
     """
 
     stream: int
     token_ids: Sequence[int]
+    num_sampled: int = 0
+
+
+UNFINISHED = ""
+"""The finish reason of a response that was aborted before its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Response:
-    """A sampled continuation. It ends with the end-of-turn token unless `finish_reason` is "length"."""
+    """A sampled continuation. It ends with the end-of-turn token if `finish_reason` is "stop"."""
 
     token_ids: list[int]  # [response tokens]
     logprobs: list[float]  # [response tokens] after temperature and top-p
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length" or UNFINISHED
     versions: list[int]  # [response tokens] of the weights that sampled each
 
 
@@ -71,8 +79,8 @@ class StreamingSampler(Sampler, Protocol):
         """Sample at least one more token for what is under way; (stream, response) of what has finished."""
         ...
 
-    def abort(self) -> None:
-        """Forget everything that is under way."""
+    def abort(self) -> list[tuple[int, Response]]:
+        """Forget all that is under way; (stream, the response so far) of each."""
         ...
 
 

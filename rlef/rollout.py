@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 import torch.distributed as dist
 
@@ -160,17 +160,14 @@ def collect(
     )
 
 
-def collect_together(
-    problems: Sequence[Problem], *, numbers: Sequence[int], **settings: Unpack[CollectSettings]
-) -> Collection:
-    """`collect`, shared out: each process of the job runs its part, and all get all episodes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    own = collect(problems[rank::world_size], numbers=numbers[rank::world_size], **settings)
+def share_out(own: Collection) -> Collection:
+    """Collective: each process brings the episodes of every world_size-th problem, and all get all."""
+    world_size = dist.get_world_size()
     if world_size == 1:
         return own
     shares: list[Any] = [None] * world_size
     dist.all_gather_object(shares, own)
-    episodes: list[Any] = [None] * len(problems)
+    episodes: list[Any] = [None] * sum(len(share.episodes) for share in shares)
     for index, share in enumerate(shares):
         episodes[index::world_size] = share.episodes
     return Collection(

@@ -10,15 +10,48 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Unpack
+
+from pydantic import ConfigDict, TypeAdapter
 
 from rlef import prompts
 from rlef.config import RolloutConfig
-from rlef.ports import Request, Response, SamplingParams, StreamingSampler
+from rlef.ports import UNFINISHED, Request, Response, SamplingParams, StreamingSampler
 from rlef.prompts import Dialog
-from rlef.records import Episode, Problem
+from rlef.records import Episode, Problem, Turn
 from rlef.rollout import Attempt, Collection, CollectSettings, begin, true_message
-from rlef_sandbox import Executor
+from rlef_sandbox import Executor, Job, Result
+
+
+@dataclass(slots=True, kw_only=True)
+class SavedEpisode:
+    """An episode under way, or done, with all that is needed to go on with it."""
+
+    __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    number: int
+    token_ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    versions: list[int]
+    turns: list[Turn]
+    solved: bool
+    is_done: bool
+    response: Response | None  # the beginning of one, or one whose program has not run
+
+
+SAVED_EPISODES = TypeAdapter(list[SavedEpisode])
+
+
+@dataclass(slots=True, eq=False)
+class _UnderWay:
+    """An episode, and its response while that is sampled and executed."""
+
+    attempt: Attempt
+    response: Response | None = None
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    is_done: bool = False
 
 
 class Episodes:
@@ -42,40 +75,127 @@ class Episodes:
         self._params = params
         self._turns = turns
         self._tell = tell
-        self._responses: dict[int, asyncio.Future[Response]] = {}
+        self._under_way: dict[int, _UnderWay] = {}
+        self._sampling: set[int] = set()  # numbers whose response is not whole
         self._wanted = asyncio.Event()
+        self._is_paused = False
         self.tests_run = 0
         self.sampling_s = 0.0
         self.waiting_s = 0.0  # in which nothing could be sampled, since every episode's programs ran
 
-    async def episode(self, problem: Problem, number: int) -> Episode:
-        """One problem, from its prompt to the verdict of its private tests.
+    async def episode(self, problem: Problem, number: int, saved: SavedEpisode | None = None) -> Episode:
+        """One problem, from its prompt, or from where it was saved, to the verdict of its private tests.
 
         Raises SandboxFault when the sandbox itself fails: that is never scored.
         """
-        attempt = begin(problem, number, self._dialog)
-        for turn in range(self._turns):
-            await self._respond(attempt)
-            if attempt.passed_public or turn == self._turns - 1:
-                break
-            attempt.observe(self._dialog.close(attempt.token_ids))
-            text = true_message(attempt, self._settings) if self._tell else prompts.untold_text()
-            attempt.observe(self._dialog.feedback(text))
-        if attempt.passed_public:
-            (results,) = await self._executor.run_many_async([attempt.private_job()])
+        if saved is None:
+            under_way = _UnderWay(begin(problem, number, self._dialog))
+        else:
+            under_way = _taken_up(problem, saved)
+        self._under_way[number] = under_way
+        attempt = under_way.attempt
+        while not self._is_over(attempt):
+            await self._take_turn(under_way)
+            if not self._is_over(attempt):
+                attempt.observe(self._dialog.close(attempt.token_ids))
+                text = true_message(attempt, self._settings) if self._tell else prompts.untold_text()
+                attempt.observe(self._dialog.feedback(text))
+        if attempt.passed_public and not under_way.is_done:
+            results = await self._execute(attempt.private_job())
             self.tests_run += attempt.judge(results)
+        under_way.is_done = True
         return attempt.episode()
 
     async def sample(self) -> None:
         """Step the sampler, for ever, as long as episodes wait for it."""
         while True:
-            if not self._responses:
+            while not self._sampling or self._is_paused:
                 await self._wait()
             started = time.monotonic()
-            for stream, response in self._sampler.step():
-                self._responses.pop(stream).set_result(response)
+            for number, response in self._sampler.step():
+                self._add(number, response)
             self.sampling_s += time.monotonic() - started
             await asyncio.sleep(0)  # let programs that have finished go on
+
+    def pause(self) -> None:
+        """Take back what the sampler has begun, so that it is free for others. Programs run on."""
+        self._is_paused = True
+        for number, response in self._sampler.abort():
+            self._add(number, response)
+
+    def resume(self) -> None:
+        """Go on where `pause` stopped, with whatever weights the sampler has now."""
+        self._is_paused = False
+        for number in sorted(self._sampling):
+            self._submit(self._under_way[number])
+        self._wanted.set()
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        """Drop episodes that are done, which nobody will ask to save again."""
+        for number in numbers:
+            del self._under_way[number]
+
+    def saved(self) -> list[SavedEpisode]:
+        """All that are not forgotten. Pause first: what the sampler holds is not seen."""
+        return [
+            SavedEpisode(
+                number=number,
+                token_ids=list(each.attempt.token_ids),
+                sampled=list(each.attempt.sampled),
+                logprobs=list(each.attempt.logprobs),
+                versions=list(each.attempt.versions),
+                turns=list(each.attempt.turns),
+                solved=each.attempt.solved,
+                is_done=each.is_done,
+                response=each.response,
+            )
+            for number, each in sorted(self._under_way.items())
+        ]
+
+    def _is_over(self, attempt: Attempt) -> bool:
+        """No response follows those that there are."""
+        return bool(attempt.turns) and (attempt.passed_public or len(attempt.turns) == self._turns)
+
+    async def _take_turn(self, under_way: _UnderWay) -> None:
+        attempt, response = under_way.attempt, await self._respond(under_way)
+        code = prompts.extract_code(self._dialog.decode(response.token_ids))
+        results = [] if code is None else await self._execute(attempt.public_job(code))
+        self.tests_run += len(results)
+        under_way.response = None
+        attempt.respond(response)
+        attempt.add_turn(response, code, results)
+
+    async def _respond(self, under_way: _UnderWay) -> Response:
+        """The whole response, of which the beginning may be there."""
+        if under_way.response is None or under_way.response.finish_reason == UNFINISHED:
+            under_way.arrived.clear()
+            self._sampling.add(under_way.attempt.number)
+            if not self._is_paused:
+                self._submit(under_way)
+            self._wanted.set()
+            await under_way.arrived.wait()
+        assert under_way.response is not None
+        return under_way.response
+
+    def _submit(self, under_way: _UnderWay) -> None:
+        attempt = under_way.attempt
+        begun = under_way.response.token_ids if under_way.response else []
+        request = Request(
+            stream=attempt.number, token_ids=[*attempt.token_ids, *begun], num_sampled=len(begun)
+        )
+        self._sampler.submit(request, self._params)
+
+    def _add(self, number: int, piece: Response) -> None:
+        under_way = self._under_way[number]
+        begun = under_way.response
+        under_way.response = piece if begun is None else _joined(begun, piece)
+        if piece.finish_reason != UNFINISHED:
+            self._sampling.remove(number)
+            under_way.arrived.set()
+
+    async def _execute(self, job: Job) -> list[Result]:
+        (results,) = await self._executor.run_many_async([job])
+        return results
 
     async def _wait(self) -> None:
         self._wanted.clear()
@@ -85,16 +205,28 @@ class Episodes:
         finally:  # in the end it is cancelled
             self.waiting_s += time.monotonic() - started
 
-    async def _respond(self, attempt: Attempt) -> None:
-        self._sampler.submit(Request(stream=attempt.number, token_ids=attempt.token_ids), self._params)
-        self._responses[attempt.number] = asyncio.get_running_loop().create_future()
-        self._wanted.set()
-        response = await self._responses[attempt.number]
-        attempt.respond(response)
-        code = prompts.extract_code(self._dialog.decode(response.token_ids))
-        results = [] if code is None else (await self._executor.run_many_async([attempt.public_job(code)]))[0]
-        self.tests_run += len(results)
-        attempt.add_turn(response, code, results)
+
+def _taken_up(problem: Problem, saved: SavedEpisode) -> _UnderWay:
+    attempt = Attempt(
+        problem=problem,
+        number=saved.number,
+        token_ids=saved.token_ids,
+        sampled=saved.sampled,
+        logprobs=saved.logprobs,
+        versions=saved.versions,
+        turns=saved.turns,
+        solved=saved.solved,
+    )
+    return _UnderWay(attempt, response=saved.response, is_done=saved.is_done)
+
+
+def _joined(begun: Response, piece: Response) -> Response:
+    return Response(
+        token_ids=begun.token_ids + piece.token_ids,
+        logprobs=begun.logprobs + piece.logprobs,
+        versions=begun.versions + piece.versions,
+        finish_reason=piece.finish_reason,
+    )
 
 
 def collect_overlapped(
@@ -108,12 +240,11 @@ def collect_overlapped(
     return asyncio.run(_collect(problems, numbers, settings))
 
 
-async def _collect(
-    problems: Sequence[Problem], numbers: Sequence[int], settings: CollectSettings
-) -> Collection:
+def episodes_of(settings: CollectSettings) -> Episodes:
+    """Raises ValueError if `feedback` is "random"."""
     if settings["feedback"] == "random":
         raise ValueError("feedback 'random' needs other episodes at the same turn; collect in lockstep")
-    made = Episodes(
+    return Episodes(
         sampler=settings["sampler"],
         executor=settings["executor"],
         dialog=settings["dialog"],
@@ -122,6 +253,12 @@ async def _collect(
         turns=settings["turns"],
         tell=settings["feedback"] == "true",
     )
+
+
+async def _collect(
+    problems: Sequence[Problem], numbers: Sequence[int], settings: CollectSettings
+) -> Collection:
+    made = episodes_of(settings)
     try:
         async with asyncio.TaskGroup() as group:
             sampling = group.create_task(made.sample())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from rlef.ports import Request, Response, SamplingParams
+from rlef.ports import UNFINISHED, Request, Response, SamplingParams
 from rlef.records import ModelShape
 from rlef.torch_model import rotary_tables, rotate
 
@@ -66,14 +66,14 @@ class _Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: str = UNFINISHED
 
     def response(self) -> Response:
         return Response(
             token_ids=self.token_ids,
             logprobs=self.logprobs,
             versions=self.versions,
-            finish_reason=self.finish_reason or "length",
+            finish_reason=self.finish_reason,
         )
 
 
@@ -175,10 +175,12 @@ class TorchSampler:
         self._streams -= {row.request.stream for row in finished}
         return [(row.request.stream, row.response()) for row in finished]
 
-    def abort(self) -> None:
+    def abort(self) -> list[tuple[int, Response]]:
+        begun = [(row.request.stream, row.response()) for row in (*self._active, *self._waiting)]
         self._waiting.clear()
         self._active.clear()
         self._streams.clear()
+        return begun
 
     def _check(self, request: Request) -> None:
         context = self._shape.max_position_embeddings
@@ -284,13 +286,14 @@ class TorchSampler:
             if token_id == self._end_token_id:
                 row.finish_reason = "stop"
             elif (
-                len(row.token_ids) == params.max_tokens or position + 1 == self._shape.max_position_embeddings
+                row.request.num_sampled + len(row.token_ids) == params.max_tokens
+                or position + 1 == self._shape.max_position_embeddings
             ):
                 row.finish_reason = "length"
 
     def _retire(self, active: list[_Row]) -> list[_Row]:
         """Take finished rows out of `active`, and keep the cache's used rows together at the front."""
-        retired = [row for row in active if row.finish_reason is not None]
+        retired = [row for row in active if row.finish_reason != UNFINISHED]
         for row in retired:
             hole, last = active.index(row), len(active) - 1
             if hole != last:

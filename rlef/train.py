@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import FrameType
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from rlef import problems as sources
+from rlef.asynchronous import AsynchronousRollouts
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError, FeedbackKind, check_context
 from rlef.evaluate import (
@@ -34,8 +35,10 @@ from rlef.problems import Cursor
 from rlef.prompts import Dialog
 from rlef.records import Episode, Problem, StepStats
 from rlef.report import DIALOGS_FILE, SUMMARY_FILE, save_dialogs, write_report
-from rlef.rollout import Collection, collect_together
+from rlef.rollout import Collection, CollectSettings, share_out
+from rlef.rollout import collect as collect_in_lockstep
 from rlef.run_folder import RunFolder, open_run_folder
+from rlef.streaming import collect_overlapped
 from rlef.telemetry import BETWEEN_STEPS, Telemetry
 from rlef.torch_sampler import TorchSampler
 from rlef_sandbox import Executor
@@ -52,12 +55,12 @@ def train(config: Config, folder: RunFolder) -> int:
         if step == 0 and not stopping.agreed():
             run.evaluate("start")
         while step < config.run.steps and not stopping.agreed():
-            problems = run.cursor.take(config.rollout.episodes_per_step)
-            collection = run.collect_training(problems, step)
+            collection = run.collect(step)
             learned = run.learn(collection.episodes, step)
+            metrics = run.metrics(collection, step) | learned
             step += 1
-            run.sampler.push(run.networks.policy.named_weights(), version=step)
-            run.telemetry.step(StepStats(step=step, metrics=run.metrics(collection) | learned))
+            run.push(step)
+            run.telemetry.step(StepStats(step=step, metrics=metrics))
             if step % config.checkpoint.every_steps == 0 or step == config.run.steps:
                 run.save(step)
             if config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
@@ -112,7 +115,8 @@ class Run:
         )
         self.sampler.push(weights.items(), version=0)
         self.learner = Learner(self.networks, ppo=config.ppo, rewards=config.rewards)
-        self.cursor = Cursor(sources.load(config, "train"), seed=config.run.seed)
+        self._problems = sources.load(config, "train")
+        self._origin = 0  # where in them step 0 began
         self._eval_problems = sources.load(config, "eval")
         self._executor = stack.enter_context(
             Executor(
@@ -123,6 +127,15 @@ class Run:
         )
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
         self._stack = stack
+        self._asynchronous: AsynchronousRollouts | None = None
+        if config.rollout.max_staleness > 0:
+            self._asynchronous = AsynchronousRollouts(
+                self._training_settings(),
+                problems_of=self._share,
+                steps=config.run.steps,
+                max_staleness=config.rollout.max_staleness,
+                device=self.networks.parallel.device,
+            )
 
     def resume(self) -> int:
         """Take up the newest checkpoint, or the one that the user named. Steps completed."""
@@ -133,7 +146,7 @@ class Run:
             step = checkpoint.step
             self.networks.policy.load_state_dict(checkpoint.rank_state["policy"])
             self.networks.value.load_state_dict(checkpoint.rank_state["value"])
-            self.cursor.position = checkpoint.shared["cursor"]
+            self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.episodes_per_step
             self._started -= checkpoint.shared["seconds"]
             self.sampler.push(self.networks.policy.named_weights(), version=step)
         self.telemetry = self._stack.enter_context(
@@ -145,35 +158,53 @@ class Run:
                 rank=self.networks.parallel.rank,
             )
         )
+        if self._asynchronous is not None:
+            self._asynchronous.start(step, checkpoint.rank_state.get("rollouts") if checkpoint else None)
+            self._stack.callback(self._asynchronous.close)
         return step
 
     def save(self, step: int) -> None:
         """Sampling draws from (seed, episode, position) alone, so there is no random state to keep."""
-        with self.telemetry.timer.phase(_CHECKPOINT):
-            networks = {
+        with self.telemetry.timer.phase(_CHECKPOINT), self._sampler_to_itself():
+            rank_state: dict[str, Any] = {
                 "policy": dict(self.networks.policy.state_dict()),
                 "value": dict(self.networks.value.state_dict()),
             }
-            self._store.save(step, networks, {"cursor": self.cursor.position, "seconds": self._seconds()})
+            if self._asynchronous is not None:
+                rank_state["rollouts"] = self._asynchronous.save()
+            self._store.save(step, rank_state, {"cursor": self._position(step), "seconds": self._seconds()})
 
-    def collect_training(self, problems: Sequence[Problem], step: int) -> Collection:
-        rollout = self._config.rollout
-        first = step * rollout.episodes_per_step
-        params = SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_tokens=rollout.max_response_tokens,
-            seed=self._config.run.seed,
-        )
-        numbers = range(first, first + len(problems))
-        return self._collect(problems, numbers, params, turns=rollout.turns, feedback=rollout.feedback)
+    def collect(self, step: int) -> Collection:
+        """The episodes of a step, on all processes."""
+        with self.telemetry.timer.phase("waiting"):
+            if self._asynchronous is not None:
+                own = self._asynchronous.take(step)
+            else:
+                problems, numbers = self._share(step)
+                collect = collect_overlapped if self._config.rollout.overlap else collect_in_lockstep
+                own = collect(problems, numbers=numbers, **self._training_settings())
+            return share_out(own)
+
+    def push(self, step: int) -> None:
+        """Give the samplers the weights after `step` steps, as that version."""
+        weights = self.networks.policy.named_weights()
+        (self._asynchronous or self.sampler).push(weights, version=step)
 
     def learn(self, episodes: Sequence[Episode], step: int) -> dict[str, float]:
         with self.telemetry.timer.phase("learning"):
             return self.learner.step(episodes, train_policy=step >= self._config.ppo.value_warmup_steps)
 
-    def metrics(self, collection: Collection) -> dict[str, float]:
+    def metrics(self, collection: Collection, step: int) -> dict[str, float]:
+        """Of a step that began with the weights of version `step`."""
+        ages = [
+            step - version
+            for episode in collection.episodes
+            for version, sampled in zip(episode.versions, episode.sampled, strict=True)
+            if sampled
+        ]
         return episode_metrics(collection.episodes, self._config.rewards) | {
+            "staleness": sum(ages) / len(ages),
+            "staleness_max": float(max(ages)),
             "tests_run": float(collection.tests_run),
             "seconds/sampling": collection.sampling_s,
             "seconds/executing": collection.executing_s,
@@ -182,7 +213,7 @@ class Run:
     def evaluate(self, phase: str) -> None:
         """Evaluate on the held-out problems; rank 0 writes `summary.json` and, at the end, the report."""
         config, path = self._config, self._folder.path
-        with self.telemetry.timer.phase(_EVALUATION):
+        with self.telemetry.timer.phase(_EVALUATION), self._sampler_to_itself():
             evaluation = evaluate(
                 self._eval_problems,
                 rollouts=self._evaluation_episodes,
@@ -221,20 +252,38 @@ class Run:
         turns: int,
         feedback: FeedbackKind,
     ) -> list[Episode]:
-        return self._collect(problems, numbers, params, turns=turns, feedback=feedback).episodes
+        """This process samples every world_size-th of them, and all get all."""
+        rank, world_size = self.networks.parallel.rank, self.networks.parallel.world_size
+        overlap = self._config.rollout.overlap and feedback != "random"
+        own = (collect_overlapped if overlap else collect_in_lockstep)(
+            problems[rank::world_size],
+            numbers=numbers[rank::world_size],
+            **self._settings(params, turns, feedback),
+        )
+        return share_out(own).episodes
 
-    def _collect(
-        self,
-        problems: Sequence[Problem],
-        numbers: Sequence[int],
-        params: SamplingParams,
-        *,
-        turns: int,
-        feedback: FeedbackKind,
-    ) -> Collection:
-        return collect_together(
-            problems,
-            numbers=numbers,
+    def _share(self, step: int) -> tuple[Sequence[Problem], Sequence[int]]:
+        """This process's problems of a training step, and the numbers of their episodes."""
+        count = self._config.rollout.episodes_per_step
+        cursor = Cursor(self._problems, seed=self._config.run.seed, position=self._position(step))
+        rank, world_size = self.networks.parallel.rank, self.networks.parallel.world_size
+        return cursor.take(count)[rank::world_size], range(step * count, (step + 1) * count)[rank::world_size]
+
+    def _position(self, step: int) -> int:
+        return self._origin + step * self._config.rollout.episodes_per_step
+
+    def _training_settings(self) -> CollectSettings:
+        rollout = self._config.rollout
+        params = SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_response_tokens,
+            seed=self._config.run.seed,
+        )
+        return self._settings(params, rollout.turns, rollout.feedback)
+
+    def _settings(self, params: SamplingParams, turns: int, feedback: FeedbackKind) -> CollectSettings:
+        return CollectSettings(
             sampler=self.sampler,
             executor=self._executor,
             dialog=self.dialog,
@@ -243,6 +292,10 @@ class Run:
             turns=turns,
             feedback=feedback,
         )
+
+    def _sampler_to_itself(self) -> AbstractContextManager[None]:
+        """While the trainer uses the sampler, or saves what is in it, training episodes wait."""
+        return nullcontext() if self._asynchronous is None else self._asynchronous.paused()
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started

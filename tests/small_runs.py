@@ -79,6 +79,18 @@ def one_process_job() -> Iterator[None]:
     leave()
 
 
+def run_here(folder: Path, *overrides: str, resume: str = "never") -> Path:
+    """A run of one process, this one; its folder."""
+    from rlef.run_folder import open_run_folder
+    from rlef.train import train
+
+    config = small_config(folder, *overrides)
+    opened, _ = open_run_folder(config, resume=resume)
+    with one_process_job():
+        assert train(config, opened) == 0
+    return opened.path
+
+
 def read_lines(path: Path) -> list[dict[str, float]]:
     """Whole lines only: the last one may be under way."""
     if not path.exists():

@@ -304,9 +304,10 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     }
     episodes = [episode("..##.#", seed=1), episode(".#", seed=2, solved=True)]
     metrics = episode_metrics(episodes, RewardConfig()) | learned(episodes)
-    metrics |= {"tests_run": 2.0, "seconds/sampling": 1.0, "seconds/executing": 1.0}  # by train.Run.metrics
+    by_run = ("tests_run", "seconds/sampling", "seconds/executing", "staleness", "staleness_max")
+    metrics |= dict.fromkeys(by_run, 1.0)  # train.Run.metrics
     with Telemetry(tmp_path, name="run", total_steps=1) as telemetry:
-        for phase in (*BETWEEN_STEPS, "learning"):  # the last by train.Run.learn
+        for phase in (*BETWEEN_STEPS, "waiting", "learning"):  # the last two by train.Run
             with telemetry.timer.phase(phase):
                 pass
         telemetry.step(StepStats(step=1, metrics=metrics))

@@ -23,7 +23,8 @@ FLOORS: tuple[frozenset[str], ...] = (
         {"learner", "megatron_policy", "report", "rollout", "torch_policy", "torch_sampler", "vllm_sampler"}
     ),
     frozenset({"doctor", "evaluate", "pretrain", "streaming"}),
-    frozenset({"standalone", "train"}),
+    frozenset({"asynchronous", "standalone"}),
+    frozenset({"train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

@@ -101,8 +101,9 @@ class Programs:
         streams, self._submitted = self._submitted, []
         return [(stream, self._answer(stream)) for stream in streams]
 
-    def abort(self) -> None:
+    def abort(self) -> list[tuple[int, Response]]:
         self.aborted = True
+        return []
 
     def _answer(self, stream: int) -> Response:
         wait = "import time\ntime.sleep(1)\n" if stream == 0 else ""

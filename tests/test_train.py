@@ -19,15 +19,13 @@ from rlef.learner import Learner
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import FEEDBACK_OPENING, NO_CODE_FEEDBACK, UNTOLD_FEEDBACK, Dialog
 from rlef.records import Episode, ModelShape
-from rlef.run_folder import open_run_folder
-from rlef.train import train
 from rlef.weights import Head, StageWeight, cut_shard, join_shards, stage_weights
 from tests.small_runs import (
     Command,
     nothing_left_behind,
-    one_process_job,
     read_lines,
     run_file,
+    run_here,
     small_config,
 )
 
@@ -198,15 +196,6 @@ def test_two_processes_learn_what_one_process_learns(story: Story, tmp_path: Pat
     for network, head in heads.items():
         one, two = saved(run, 2)[network]["weights"], saved(story.whole, 2)[network]["weights"]
         assert_learned_alike(one, two, start_of(head))
-
-
-def run_here(folder: Path, *overrides: str) -> Path:
-    """A run of one process, this one."""
-    config = small_config(folder, *overrides)
-    opened, _ = open_run_folder(config, resume="never")
-    with one_process_job():
-        assert train(config, opened) == 0
-    return opened.path
 
 
 def start_of(head: Head, model: str = "embedded") -> dict[str, Tensor]:

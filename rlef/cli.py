@@ -192,6 +192,32 @@ def doctor(config_file: Path, overrides: tuple[str, ...], as_json: bool) -> None
     sys.exit(worst is Level.FAULT)
 
 
+@main.command()
+@_CONFIG
+@_OVERRIDES
+@click.option("--gpu", required=True, metavar="NAME", help="Type of the GPUs, such as H100.")
+@click.option("--nodes", type=click.IntRange(min=1), required=True, help="Of the cluster.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True, help="GPUs.")
+@click.option(
+    "--network-gbps",
+    type=click.FloatRange(min=0, min_open=True),
+    default=400.0,
+    show_default=True,
+    help="Between nodes, per GPU.",
+)
+@click.option("--model", metavar="FOLDER|NAME", help="Instead of model.path; a NAME such as llama-3.1-8b.")
+@click.option("--assume", multiple=True, metavar="NAME=NUMBER", help="Change an assumption: docs/plan.md.")
+@click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Layouts to show.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@_errors_in_one_line
+def plan(config_file: Path, overrides: tuple[str, ...], model: str | None, **options: Any) -> None:
+    """Predict memory and step time of CONFIG on a cluster, rank the layouts, print the command."""
+    from rlef.plan_report import show_plan
+
+    given = (*overrides, f"model.path={model}") if model else overrides
+    show_plan(load_config(config_file, given), [str(config_file), *given], **options)
+
+
 def _require_writable(file: Path) -> None:
     """Before minutes of work: the file's folder can be made, and written to."""
     try:

@@ -16,14 +16,25 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
     frozenset({"config", "files", "records"}),
     frozenset({"ports"}),
-    frozenset({"advantages", "losses", "packing", "prompts", "rewards", "solve_rate"}),
-    frozenset({"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}),
-    frozenset({"checkpoint", "plan", "problems", "telemetry", "torch_model", "weights"}),
     frozenset(
-        {"learner", "megatron_policy", "report", "rollout", "torch_policy", "torch_sampler", "vllm_sampler"}
+        {"advantages", "losses", "packing", "plan_cluster", "plan_model", "prompts", "rewards", "solve_rate"}
     ),
-    frozenset({"doctor", "evaluate", "pretrain", "streaming"}),
-    frozenset({"asynchronous", "standalone"}),
+    frozenset({"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}),
+    frozenset({"checkpoint", "plan_memory", "problems", "telemetry", "torch_model", "weights"}),
+    frozenset(
+        {
+            "learner",
+            "megatron_policy",
+            "plan_time",
+            "report",
+            "rollout",
+            "torch_policy",
+            "torch_sampler",
+            "vllm_sampler",
+        }
+    ),
+    frozenset({"doctor", "evaluate", "plan", "pretrain", "streaming"}),
+    frozenset({"asynchronous", "plan_report", "standalone"}),
     frozenset({"train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -36,6 +36,7 @@ def _logprobs(
     kernel: str, element: str, *, entropy: bool = True, rows: bool = False, divisible: bool = True
 ) -> Configuration:
     size = SIZES[element]
+    loads = logprobs.LOADS_OF_STATISTICS if kernel == "statistics" else logprobs.LOADS_OF_GRADIENT
     of_tokens = "*i64" if rows else None
     lengths: dict[str, str | None] = {"stride_row": "i64", "vocab": "i32", "bits": "fp64"}
     if kernel == "statistics":
@@ -54,7 +55,7 @@ def _logprobs(
             "ALIGNED": divisible,
             **({"WANT_ENTROPY": entropy} if kernel == "statistics" else {"TOGETHER": True}),
         },
-        settings=lambda device: logprobs.launch_settings(size, device.warp_size),
+        settings=lambda device: logprobs.launch_settings(size, loads, device.warp_size),
         divisible=frozenset({"stride_row", "vocab"} if divisible else ()),
         stream=Stream(
             elements=lambda settings: settings["LOADS"] * settings["THREADS"] * settings["WORDS"],

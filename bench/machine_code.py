@@ -166,7 +166,15 @@ def _of_stream(code: Code, stream: Stream, settings: Mapping[str, int], target: 
 
 
 def _busiest_loops(code: Code, number: int) -> list[Instruction]:
-    """The instructions of the innermost loops that move the most bytes: those over all elements."""
+    """The instructions of the innermost loops that load (or else store) the most: those over all elements.
+
+    Which loads, as a compiler may unroll one that only stores.
+    """
+
+    def moved(loop: Sequence[Instruction]) -> list[int]:
+        widths = [width for each in loop if (width := code.width(each.opcode))]
+        return [sum(number for number, is_store in widths if is_store == kind) for kind in (False, True)]
+
     spans = [
         (code.labels[each.jumps_to], end)
         for end, each in enumerate(code.instructions)
@@ -178,7 +186,7 @@ def _busiest_loops(code: Code, number: int) -> list[Instruction]:
         if not any((begin, end) != other and begin <= other[0] and other[1] <= end for other in spans)
     ]
     loops = [code.instructions[begin : end + 1] for begin, end in innermost]
-    loops.sort(key=lambda loop: -sum(width[0] for each in loop if (width := code.width(each.opcode))))
+    loops.sort(key=moved, reverse=True)
     return [each for loop in loops[:number] for each in loop]
 
 

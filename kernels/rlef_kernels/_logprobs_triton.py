@@ -21,10 +21,11 @@ from torch import Tensor
 
 from rlef_kernels._checks import accumulation_dtype
 
-# Of a program. One load brings each thread 16 bytes; LOADS of them are under way at once, and share one
-# rescaling.
+# Of a program. One load brings each thread 16 bytes; so many of them are under way at once, and share one
+# rescaling. The gradient has nothing to rescale.
 THREADS = 256
-LOADS = 4
+LOADS_OF_STATISTICS = 4
+LOADS_OF_GRADIENT = 2
 WIDTH = 16  # bytes
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -263,18 +264,18 @@ def gradient_kernel(
         _write_zeros(gradient_ptr, vocab, ALIGNED, LOADS, THREADS, WORDS)
 
 
-def launch_settings(itemsize: int, threads_per_warp: int) -> dict[str, int]:
-    """Of both kernels, for logits of so many bytes each."""
+def launch_settings(itemsize: int, loads: int, threads_per_warp: int) -> dict[str, int]:
+    """For logits of so many bytes each."""
     return {
-        "LOADS": LOADS,
+        "LOADS": loads,
         "THREADS": THREADS,
         "WORDS": WIDTH // itemsize,
         "num_warps": THREADS // threads_per_warp,
     }
 
 
-def settings_for(logits: Tensor) -> dict[str, int]:
-    return launch_settings(logits.element_size(), 64 if torch.version.hip else 32)
+def settings_for(logits: Tensor, loads: int) -> dict[str, int]:
+    return launch_settings(logits.element_size(), loads, 64 if torch.version.hip else 32)
 
 
 def are_aligned(logits: Tensor) -> bool:
@@ -318,7 +319,7 @@ def shard_statistics(
             bits,
             WANT_ENTROPY=want_entropy,
             ALIGNED=are_aligned(logits),
-            **settings_for(logits),
+            **settings_for(logits, LOADS_OF_STATISTICS),
         )
     return statistics
 
@@ -356,6 +357,6 @@ def shard_gradient(
             bits,
             ALIGNED=are_aligned(logits),
             TOGETHER=_lie_alike(logits, gradient),
-            **settings_for(logits),
+            **settings_for(logits, LOADS_OF_GRADIENT),
         )
     return gradient

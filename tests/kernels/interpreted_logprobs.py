@@ -36,7 +36,7 @@ def _small_tiles_on_poisoned_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logprobs, "_triton_serves", lambda logits: True)
         patch.setattr(_logprobs_triton, "THREADS", THREADS)
-        patch.setattr(_logprobs_triton, "LOADS", LOADS)
+        patch.setattr(_logprobs_triton, "LOADS_OF_STATISTICS", LOADS)
         patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         torch.use_deterministic_algorithms(True)  # with which torch.empty is full of NaN
         yield
@@ -251,7 +251,7 @@ def test_each_logit_that_matters_is_read_once_a_pass_and_each_gradient_written_o
 ) -> None:
     """At the size of a real vocabulary, everything counted, and in the tiles that ship."""
     monkeypatch.setattr(_logprobs_triton, "THREADS", 256)
-    monkeypatch.setattr(_logprobs_triton, "LOADS", 4)
+    monkeypatch.setattr(_logprobs_triton, "LOADS_OF_STATISTICS", 4)
     tokens, vocab, size = 2, 32_000, 2
     logits, targets = sample(tokens, vocab, 0, torch.bfloat16)
     rows = torch.tensor([1, 3]) if with_rows else None

@@ -78,4 +78,4 @@ def test_the_reader_sees_accesses_that_are_narrow() -> None:
     """Those of a gradient whose rows lie otherwise than the rows of the logits."""
     odd = CONFIGURATIONS["gradient bf16 entropy odd"]
     found = report(replace(odd, constants={**odd.constants, "TOGETHER": False}), "sm_90")
-    assert found.wide == round(4 / (4 + 32), 3)  # of 4 loads and 32 stores
+    assert found.wide == round(2 / (2 + 16), 3)  # of 2 loads and 16 stores

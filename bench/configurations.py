@@ -11,8 +11,8 @@ from bench.machine_code import Configuration, Stream
 from rlef_kernels import _gae_triton as gae
 from rlef_kernels import _logprobs_triton as logprobs
 
-SIZES = {"fp16": 2, "bf16": 2, "fp32": 4}
-# Of the time that DRAM takes, in half precision.
+SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
+# Of the time that DRAM takes. Doubles are held to none: their arithmetic is not what GPUs are made for.
 MOST_OF_DRAM = {"sm_90": 0.70, "sm_100": 1.0}
 
 
@@ -28,8 +28,11 @@ def of_logprobs() -> list[Configuration]:
         for element in ("bf16", "fp16", "fp32")
         for entropy in (True, False)
     ]
-    found += [_logprobs(kernel, "bf16", rows=True) for kernel in ("statistics", "gradient")]
-    return found + [_logprobs(kernel, "bf16", divisible=False) for kernel in ("statistics", "gradient")]
+    for kernel in ("statistics", "gradient"):
+        found.append(_logprobs(kernel, "bf16", rows=True))
+        found.append(_logprobs(kernel, "bf16", divisible=False))
+        found.append(_logprobs(kernel, "fp64"))
+    return found
 
 
 def _logprobs(
@@ -39,13 +42,14 @@ def _logprobs(
     loads = logprobs.LOADS_OF_STATISTICS if kernel == "statistics" else logprobs.LOADS_OF_GRADIENT
     of_tokens = "*i64" if rows else None
     lengths: dict[str, str | None] = {"stride_row": "i64", "vocab": "i32", "bits": "fp64"}
+    sums = "*fp64" if element == "fp64" else "*fp32"
     if kernel == "statistics":
-        arguments = {"statistics_ptr": "*fp32", "logits_ptr": f"*{element}", "columns_ptr": "*i64"}
+        arguments = {"statistics_ptr": sums, "logits_ptr": f"*{element}", "columns_ptr": "*i64"}
         arguments |= {"rows_ptr": of_tokens, "num_tokens": "i32", "num_rows": "i32", **lengths}
     else:
         arguments = {"gradient_ptr": f"*{element}", "logits_ptr": f"*{element}", "columns_ptr": "*i64"}
-        arguments |= {"tokens_ptr": of_tokens, "maximum_ptr": "*fp32", "for_every_ptr": "*fp32"}
-        arguments |= {"for_shifted_ptr": "*fp32" if entropy else None, "for_target_ptr": "*fp32", **lengths}
+        arguments |= {"tokens_ptr": of_tokens, "maximum_ptr": sums, "for_every_ptr": sums}
+        arguments |= {"for_shifted_ptr": sums if entropy else None, "for_target_ptr": sums, **lengths}
     words = [kernel, element, *["entropy"] * entropy, *["rows"] * rows, *["odd"] * (not divisible)]
     return Configuration(
         name=" ".join(words),
@@ -61,7 +65,7 @@ def _logprobs(
             elements=lambda settings: settings["LOADS"] * settings["THREADS"] * settings["WORDS"],
             loaded=size,
             stored=size if kernel == "gradient" else 0,
-            pipe_over_dram=MOST_OF_DRAM,
+            pipe_over_dram={} if element == "fp64" else MOST_OF_DRAM,
         ),
     )
 

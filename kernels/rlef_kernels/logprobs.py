@@ -58,9 +58,8 @@ class RowStatistics:
 
 
 def _triton_serves(logits: Tensor) -> bool:
-    """Its kernels want a GPU, single or half precision, and the words of a row side by side."""
-    of_kernels = logits.is_cuda and logits.dtype != torch.float64
-    return of_kernels and logits.stride(1) == 1 and logits.shape[0] > 0 and has_triton()
+    """Its kernels want a GPU, and the words of a row side by side."""
+    return logits.is_cuda and logits.stride(1) == 1 and logits.shape[0] > 0 and has_triton()
 
 
 class Shard:

@@ -26,9 +26,10 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:invalid value encountered:RuntimeWarning",
 )
 
+SHIPPED = {name: getattr(_logprobs_triton, name) for name in ("THREADS", "LOADS_OF_STATISTICS")}
 THREADS, LOADS = 16, 2  # a tile is 256 logits of two bytes, or 128 of four; a row has at most 14 edges
 SIZES = [1, 2, 7, 8, 9, 15, 16, 17, 127, 128, 129, 192, 255, 256, 257, 271, 300]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,6 +42,11 @@ def _small_tiles_on_poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(True)  # with which torch.empty is full of NaN
         yield
         torch.use_deterministic_algorithms(False)
+
+
+def in_tiles_that_ship(patch: pytest.MonkeyPatch) -> None:
+    for name, value in SHIPPED.items():
+        patch.setattr(_logprobs_triton, name, value)
 
 
 def poisoned(logits: Tensor, rows: Tensor | None = None, margins: tuple[int, int] = (8, 16)) -> Tensor:
@@ -132,7 +138,10 @@ def test_equals_the_slow_twin_in_values_and_gradients(
     exact = logits.double().requires_grad_()
     actual = outputs(held, targets, rows, temperature, entropy=entropy)
     expected = slow(exact, targets, temperature, entropy=entropy)
-    torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=4e-6)
+    double = dtype == torch.float64
+    assert actual.dtype == (torch.float64 if double else torch.float32)
+    rtol, atol = (1e-13, 1e-12) if double else (2e-6, 4e-6)
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
 
     gradient, expected_gradient = gradient_of(actual, held), gradient_of(expected, exact)
     assert gradient.dtype == dtype
@@ -140,8 +149,8 @@ def test_equals_the_slow_twin_in_values_and_gradients(
         asked = gradient[rows]
         assert torch.count_nonzero(gradient) == torch.count_nonzero(asked)
         gradient = asked
-    eps = max(torch.finfo(dtype).eps, 1e-5)
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=eps, atol=1e-5)
+    rtol, atol = (1e-12, 1e-12) if double else (max(torch.finfo(dtype).eps, 1e-5), 1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -153,22 +162,24 @@ def test_each_shard_gives_what_the_reference_gives(
     logits, _ = sample(6, 3 * 130, 0, dtype)
     logits[:, 130:260] = -torch.inf
     targets = torch.tensor([0, 129, 130, 259, 260, 389])
-    coefficients = torch.linspace(-1, 1, 18).view(3, 6)
+    sums = logprobs.accumulation_dtype(logits)
+    coefficients, maximum = (
+        torch.linspace(-1, 1, 18, dtype=sums).view(3, 6),
+        torch.full((6,), 9.0, dtype=sums),
+    )
     for first in (0, 130, 260):
         shard = logprobs.Shard(poisoned(logits[:, first : first + 130]).detach(), targets, None, 0.7, None)
         shard.columns = targets - first
         found = (
             shard.statistics(entropy),
-            shard.gradient(
-                torch.full((6,), 9.0), coefficients[0], coefficients[1] if entropy else None, coefficients[2]
-            ),
+            shard.gradient(maximum, coefficients[0], coefficients[1] if entropy else None, coefficients[2]),
         )
         with monkeypatch.context() as patch:
             patch.setattr(logprobs, "_triton_serves", lambda logits: False)
             expected = (
                 shard.statistics(entropy),
                 shard.gradient(
-                    torch.full((6,), 9.0),
+                    maximum,
                     coefficients[0],
                     coefficients[1] if entropy else None,
                     coefficients[2],
@@ -178,6 +189,51 @@ def test_each_shard_gives_what_the_reference_gives(
         expected[0][2] = torch.where(is_ours, expected[0][2], 0)
         torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(found[1], expected[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("output", ["logprobs", "entropy", "logsumexp"])
+def test_gradients_of_doubles_are_those_of_finite_differences(output: str) -> None:
+    logits, targets = sample(2, 19, 0, torch.float64)
+
+    def value(logits: Tensor) -> Tensor:
+        found = logprobs_from_logits(logits, targets, temperature=0.7, want_entropy=output == "entropy")
+        return getattr(found, output)
+
+    assert torch.autograd.gradcheck(value, poisoned(logits, margins=(3, 2)))
+
+
+@pytest.mark.parametrize("vocab", [400, 31_999, 32_000])
+def test_values_of_single_precision_are_within_two_millionths(
+    vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the tiles that ship; the targets are the most and the least probable word, and any."""
+    in_tiles_that_ship(monkeypatch)
+    logits, targets = sample(3, vocab, 1, torch.float32)
+    targets[0], targets[1] = logits[0].argmax(), logits[1].argmin()
+    found, expected = outputs(logits, targets), slow(logits.double(), targets, 1.0, entropy=True)
+    assert float((found - expected).abs().max()) <= 2e-6
+
+
+@pytest.mark.parametrize("vocab", [400, 31_999, 32_000])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_gradients_of_bfloat16_are_within_its_last_bit(
+    vocab: int, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of each output; a sum of several may cancel, and has the error of its terms."""
+    in_tiles_that_ship(monkeypatch)
+    logits, targets = sample(3, vocab, 1, torch.bfloat16)
+    targets[0], targets[1] = logits[0].argmax(), logits[1].argmin()
+    held, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found, expected = (
+        outputs(held, targets, entropy=entropy),
+        slow(exact, targets, 1.0, entropy=entropy),
+    )
+    for actual, twin in zip(found.unbind(), expected.unbind(), strict=True):
+        (gradient,) = torch.autograd.grad(actual.sum(), held, retain_graph=True)
+        (expected_gradient,) = torch.autograd.grad(twin.sum(), exact, retain_graph=True)
+        _, exponent = expected_gradient.frexp()
+        last_bit = torch.ldexp(torch.ones_like(expected_gradient), exponent - 8)
+        assert bool(((gradient.double() - expected_gradient).abs() <= last_bit).all())
 
 
 def test_a_row_of_minus_infinity_alone_is_reported_and_spares_its_neighbours() -> None:
@@ -250,8 +306,7 @@ def test_each_logit_that_matters_is_read_once_a_pass_and_each_gradient_written_o
     with_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the size of a real vocabulary, everything counted, and in the tiles that ship."""
-    monkeypatch.setattr(_logprobs_triton, "THREADS", 256)
-    monkeypatch.setattr(_logprobs_triton, "LOADS_OF_STATISTICS", 4)
+    in_tiles_that_ship(monkeypatch)
     tokens, vocab, size = 2, 32_000, 2
     logits, targets = sample(tokens, vocab, 0, torch.bfloat16)
     rows = torch.tensor([1, 3]) if with_rows else None

@@ -1,13 +1,14 @@
 """One rank of a small gloo job: vocabulary-parallel and data-parallel operations against one process's own
 answer.
 
-Started by `test_parallel.py` once per rank, as `ranks.py RANK WORLD_SIZE STORE`. Rank 0 prints one line of
-JSON.
+Started by `test_parallel.py` as `ranks.py STORE`. The ranks are forked from one process that has imported
+torch, which would take most of the time if each did it. Rank 0 prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing.connection
 import sys
 from typing import Any
 
@@ -25,7 +26,8 @@ from rlef_kernels import (
     ppo_policy_loss_from_logits,
 )
 
-TOKENS, VOCAB = 11, 12
+SIZES = (1, 2, 4, 8)
+TOKENS, VOCAB = 11, 24
 
 
 def generator() -> torch.Generator:
@@ -153,10 +155,11 @@ def traffic(group: ProcessGroup) -> dict[str, Any]:
 
 
 def whitening(group: ProcessGroup) -> dict[str, float]:
-    """Ranks hold unequal parts, the last of several none; float32 values far from 0."""
+    """Ranks hold unequal parts, some of them none; float32 values far from 0."""
     values = 1000 + torch.randn(60, generator=generator())
     mask = torch.rand(60, generator=generator()) < 0.7
-    sizes = {1: [60], 2: [60, 0], 4: [10, 35, 15, 0]}[dist.get_world_size(group)]
+    parts = {1: [60], 2: [60, 0], 4: [10, 35, 15, 0], 8: [7, 0, 21, 1, 9, 0, 22, 0]}
+    sizes = parts[dist.get_world_size(group)]
     own_values, own_mask, expected = (
         part.split(sizes)[dist.get_rank(group)] for part in (values, mask, masked_whiten(values, mask))
     )
@@ -171,15 +174,14 @@ def whitening(group: ProcessGroup) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    rank, world_size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def run(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=max(SIZES))
     logits = 3 * torch.randn(TOKENS, VOCAB, generator=generator(), dtype=torch.float64)
     half_impossible = logits.clone()
     half_impossible[:, VOCAB // 2 :] = -torch.inf
     report: dict[str, Any] = {}
-    for size in (1, 2, 4):
+    for size in SIZES:
         group = dist.new_group(list(range(size)))
         if rank < size:
             report[str(size)] = {
@@ -195,7 +197,21 @@ def main() -> None:
     dist.barrier()
     if rank == 0:
         sys.stdout.write(json.dumps(report) + "\n")
+        sys.stdout.flush()
     dist.destroy_process_group()
+
+
+def main() -> None:
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run, args=(rank, sys.argv[1]), daemon=True) for rank in range(max(SIZES))]
+    for each in ranks:
+        each.start()
+    while running := [each.sentinel for each in ranks if each.is_alive()]:
+        multiprocessing.connection.wait(running)
+        if any(each.exitcode for each in ranks):  # then the others wait for it
+            for each in ranks:
+                each.kill()
+    sys.exit(any(each.exitcode for each in ranks))
 
 
 if __name__ == "__main__":

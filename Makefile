@@ -10,13 +10,17 @@ inputs := pyproject.toml constraints.txt $(sort $(wildcard csrc/*.* csrc/checks/
 key := $(shell cat $(inputs) | sha256sum | cut -c1-16)
 ready := $(venv)/ready-$(key)
 cpp := $(filter %.cpp %.hpp,$(inputs))
+# Beside the environment's Triton, the newest that the kernels are tested with: tests/kernels/tritons.py.
+ifeq ($(shell uname -s -m),Linux x86_64)
+second := build/triton-3.9.0/ready
+endif
 
 .PHONY: train test lint format tidy sanitize sanitize-threads sanitize-leaks build-sanitize aarch64 clean
 
 train: $(ready)
 	$(bin)/rlef train configs/tiny.toml
 
-test: $(ready)
+test: $(ready) $(second)
 	$(bin)/python -m pytest
 	$(MAKE) lint
 
@@ -89,6 +93,11 @@ $(ready):
 	$(bin)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt scikit-build-core pybind11 cmake ninja
 	$(bin)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[train,dev]'
 	rm -f $(venv)/ready-*
+	touch $@
+
+build/triton-%/ready: | $(ready)
+	rm -rf build/triton-*
+	$(bin)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $(@D) triton==$*
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from hypothesis import settings
 # Machines that run this suite are shared: how long an example takes says nothing of the code. Derandomised,
 # so that a red build is red again when it is run again.
 settings.register_profile("suite", deadline=None, derandomize=True)
-settings.load_profile("suite")
+settings.register_profile("few", parent=settings.get_profile("suite"), max_examples=10)
+settings.load_profile(os.environ.get("RLEF_HYPOTHESIS_PROFILE", "suite"))
 
 # A shell's background job ignores Ctrl-C, and so would everything that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)

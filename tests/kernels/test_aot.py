@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -11,9 +14,12 @@ import pytest
 if find_spec("triton") is None and os.environ.get("CI") != "true":
     pytest.skip("triton is not installed: pip install triton", allow_module_level=True)
 
+import triton
+
 from bench.configurations import configurations
 from bench.kernels import read_baseline
 from bench.machine_code import compiled, faults, report, worse
+from tests.kernels.tritons import ROOT, with_triton
 
 CONFIGURATIONS = {configuration.name: configuration for configuration in configurations()}
 
@@ -79,3 +85,19 @@ def test_the_reader_sees_accesses_that_are_narrow() -> None:
     odd = CONFIGURATIONS["gradient bf16 entropy odd"]
     found = report(replace(odd, constants={**odd.constants, "TOGETHER": False}), "sm_90")
     assert found.wide == round(2 / (2 + 16), 3)  # of 2 loads and 16 stores
+
+
+def test_every_configuration_compiles_with_the_newer_triton_too_and_has_no_fault() -> None:
+    """Registers are its own, so that it is held to no baseline."""
+    process = subprocess.run(
+        [sys.executable, "bench/kernels.py", "--aot", "--targets", "sm_90"],
+        env=with_triton("newer"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    found = json.loads(process.stdout.splitlines()[-1])
+    assert found["triton"] != triton.__version__
+    assert set(found["reports"]) == {f"{name} sm_90" for name, target in EACH if target == "sm_90"}

@@ -11,6 +11,8 @@ interpreter, because it
   nothing to bring back;
 - reads and writes wherever a pointer points: here each access must lie in a tensor of the launch. `traffic`
   counts their bytes;
+- replaces the functions of Triton's language anew at each call within a kernel: here once a launch, which
+  takes most of the time away;
 - in triton 3.7, though not in 3.9, answers NaN for the greater of a number and NaN, where hardware answers
   the number: a kernel that reports NaN in the interpreter could hide it on a GPU.
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +58,8 @@ _binary, _unary, _cast = (
 )
 _load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 _arguments = GridExecutor._init_args_hst
+_launch, _replace_language = GridExecutor.__call__, interpreter._patch_lang
+_replaced: set[str] = set()  # modules of the language, by this launch
 
 
 def _refuse_bfloat16(*operands: Any) -> None:
@@ -119,6 +124,23 @@ def _watched_arguments(self: Any, arguments: Any, settings: Any) -> Any:
     return _arguments(self, arguments, settings)
 
 
+def _replacing_launch(self: Any, *arguments: Any, **settings: Any) -> Any:
+    _replaced.clear()
+    return _launch(self, *arguments, **settings)
+
+
+def _replace_language_once(function: Any) -> Any:
+    seen = {
+        each.__name__
+        for each in (tl, tl.core)
+        if any(each is value for value in function.__globals__.values())
+    }
+    if seen <= _replaced:
+        return SimpleNamespace(restore=lambda: None)
+    _replaced.update(seen)
+    return _replace_language(function)
+
+
 assert not hasattr(interpreter, "_watched_by_rlef")
 interpreter._watched_by_rlef = True
 InterpreterBuilder.binary_op = _binary_op
@@ -127,6 +149,8 @@ InterpreterBuilder.cast_impl = _cast_op
 InterpreterBuilder.create_fp_to_fp = lambda self, source, kind, _rounding: _cast_op(self, source, kind)
 InterpreterBuilder.create_masked_load = _watched_load
 InterpreterBuilder.create_masked_store = _watched_store
+interpreter._patch_lang = _replace_language_once
+GridExecutor.__call__ = _replacing_launch
 GridExecutor._init_args_hst = _watched_arguments
 GridExecutor._restore_args_dev = lambda self, *arguments: None
 if VERSION == "3.7":

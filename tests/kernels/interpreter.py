@@ -7,6 +7,8 @@ interpreter, because it
 - computes with bfloat16 on the bits of its 16-bit integers: here that is an error, so a kernel must convert
   to single precision first, as it should anyway;
 - converts bfloat16 by hand, truncating where hardware rounds to nearest even: here torch converts;
+- rounds the product of a fused multiplication and addition too: here only the sum;
+- multiplies matrices of bfloat16 by those bits: here their exact products are summed in single precision;
 - copies every tensor on itself after a launch, which a sparse one would not survive: on a CPU there is
   nothing to bring back;
 - reads and writes wherever a pointer points: here each access must lie in a tensor of the launch. `traffic`
@@ -32,6 +34,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 VERSION = ".".join(triton.__version__.split(".")[:2])
 assert VERSION in ("3.7", "3.9"), (
@@ -56,6 +59,7 @@ _binary, _unary, _cast = (
     InterpreterBuilder.unary_op,
     InterpreterBuilder.cast_impl,
 )
+_dot = InterpreterBuilder.create_dot
 _load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 _arguments = GridExecutor._init_args_hst
 _launch, _replace_language = GridExecutor.__call__, interpreter._patch_lang
@@ -90,6 +94,19 @@ def _cast_op(self: Any, source: Any, kind: Any) -> Any:
     raise TypeError(f"the interpreter cannot convert {before} to {after}; convert to float32 first")
 
 
+def _fused_op(self: Any, left: Any, right: Any, added: Any) -> Any:
+    exact = left.data.astype(np.float64) * right.data + added.data
+    return TensorHandle(exact.astype(added.data.dtype), added.dtype.scalar)
+
+
+def _dot_op(self: Any, left: Any, right: Any, *others: Any) -> Any:
+    left, right = (
+        _cast_op(self, operand, tl.float32) if operand.dtype.scalar == tl.bfloat16 else operand
+        for operand in (left, right)
+    )
+    return _dot(self, left, right, *others)
+
+
 def _bytes_of(pointers: Any, mask: Any) -> int:
     """Of the lanes that are not masked, all within a tensor."""
     size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -103,20 +120,21 @@ def _bytes_of(pointers: Any, mask: Any) -> int:
     return total
 
 
-def _watched_load(self: Any, pointers: Any, mask: Any, *settings: Any) -> Any:
+def _watched_load(self: Any, pointers: Any, mask: Any, *settings: Any, **named: Any) -> Any:
     traffic.loaded += _bytes_of(pointers, mask)
-    return _load(self, pointers, mask, *settings)
+    return _load(self, pointers, mask, *settings, **named)
 
 
-def _watched_store(self: Any, pointers: Any, value: Any, mask: Any, *settings: Any) -> Any:
+def _watched_store(self: Any, pointers: Any, value: Any, mask: Any, *settings: Any, **named: Any) -> Any:
     traffic.stored += _bytes_of(pointers, mask)
-    return _store(self, pointers, value, mask, *settings)
+    return _store(self, pointers, value, mask, *settings, **named)
 
 
 def _watched_arguments(self: Any, arguments: Any, settings: Any) -> Any:
     _tensors.clear()
-    for tensor in (argument for argument in arguments if isinstance(argument, torch.Tensor)):
-        if tensor.numel():
+    for argument in arguments:
+        tensor = argument.base if isinstance(argument, TensorDescriptor) else argument
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
             reach = (
                 sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
             )
@@ -147,6 +165,8 @@ InterpreterBuilder.binary_op = _binary_op
 InterpreterBuilder.unary_op = _unary_op
 InterpreterBuilder.cast_impl = _cast_op
 InterpreterBuilder.create_fp_to_fp = lambda self, source, kind, _rounding: _cast_op(self, source, kind)
+InterpreterBuilder.create_fma = _fused_op
+InterpreterBuilder.create_dot = _dot_op
 InterpreterBuilder.create_masked_load = _watched_load
 InterpreterBuilder.create_masked_store = _watched_store
 interpreter._patch_lang = _replace_language_once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -10,30 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity
 
 from rlef_kernels import PolicyMetrics, linear_ppo_loss, ppo_policy_loss_from_logits
+from rlef_kernels.linear_chunk import CPU_BLOCK_ELEMENTS
+from tests.kernels.linear_twin import example, slow_linear_loss, with_gradients
 
-HIDDEN, VOCAB = 5, 7
-
-
-def example(tokens: int, seed: int, *, rows: int | None = None) -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64)
-
-    return {
-        "hidden": numbers(rows or tokens, HIDDEN),
-        "weight": numbers(VOCAB, HIDDEN),
-        "targets": torch.randint(0, VOCAB, (tokens,), generator=random),
-        "old_logprobs": numbers(tokens) / 2 - 2,
-        "behaviour_logprobs": numbers(tokens) / 2 - 2,
-        "advantages": numbers(tokens),
-        "mask": torch.rand(tokens, generator=random) < 0.7,
-        "weights": torch.rand(tokens, generator=random, dtype=torch.float64),
-        "reference_logprobs": numbers(tokens) / 2 - 2,
-    }
+VOCAB = 7
 
 
 def both(arguments: dict[str, Any], **settings: Any) -> list[tuple[Tensor, PolicyMetrics, Tensor, Tensor]]:
@@ -101,6 +85,128 @@ def test_equals_the_loss_from_logits_in_values_gradients_and_metrics(
     assert_equal(results, 1e-12)
 
 
+@given(st.integers(0, 9), st.sampled_from([None, 2.0]), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_equals_the_slow_twin_of_all_logits_and_autograd(
+    tokens: int, dual_clip: float | None, behaviour_correction: bool, has_tensor: bool, seed: int
+) -> None:
+    settings = {
+        "clip_ratio": (0.2, 0.3),
+        "behaviour_correction": behaviour_correction,
+        "normaliser": torch.tensor(3) if has_tensor else 3.0,
+        "entropy_coef": 0.1,
+        "kl_coef": 0.5,
+        "dual_clip": dual_clip,
+        "temperature": 0.7,
+    }
+    arguments = example(tokens, seed)
+    loss, metrics, *gradients = with_gradients(
+        linear_ppo_loss, arguments, **settings, chunk_elements=2 * VOCAB
+    )
+    expected_loss, expected_metrics, *expected_gradients = with_gradients(
+        slow_linear_loss, arguments, **settings
+    )
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-12, atol=1e-12)
+    for name, value in expected_metrics.items():
+        torch.testing.assert_close(getattr(metrics, name), value, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    arguments = example(4, 3)
+    hidden, weight = (arguments.pop(name).requires_grad_() for name in ("hidden", "weight"))
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        settings = {"clip_ratio": 0.2, "behaviour_correction": False, "normaliser": 2.0}
+        return linear_ppo_loss(
+            hidden, weight, **arguments, **settings, entropy_coef=0.2, kl_coef=0.3, chunk_elements=VOCAB
+        )[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+def operator_arguments(arguments: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """What the public function hands to the operator."""
+    seen: list[tuple[Any, ...]] = []
+    operator = torch.ops.rlef_kernels.linear_ppo_loss.default
+
+    def record(*given_arguments: Any) -> Any:
+        seen.append(given_arguments)
+        return operator(*given_arguments)
+
+    monkeypatch.setattr(torch.ops.rlef_kernels, "linear_ppo_loss", record)
+    linear_ppo_loss(
+        **arguments,
+        clip_ratio=0.2,
+        behaviour_correction=True,
+        normaliser=torch.tensor(2.0),
+        entropy_coef=0.1,
+        chunk_elements=2 * VOCAB,
+    )
+    monkeypatch.undo()
+    return seen[0]
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+def test_the_operator_keeps_its_promises_to_torch(
+    needed: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = example(5, 2)
+    for name, is_needed in zip(("hidden", "weight"), needed, strict=True):
+        arguments[name].requires_grad_(is_needed)
+    torch.library.opcheck(
+        torch.ops.rlef_kernels.linear_ppo_loss.default, operator_arguments(arguments, monkeypatch)
+    )
+
+
+def test_compiled_in_one_graph_it_gives_the_same_values_and_gradients() -> None:
+    settings = {"clip_ratio": 0.2, "behaviour_correction": True, "entropy_coef": 0.1}
+    settings |= {"normaliser": torch.tensor(2.0), "chunk_elements": 2 * VOCAB}
+    compiled = torch.compile(linear_ppo_loss, fullgraph=True, backend="aot_eager")
+    for arguments in (example(5, 2), example(8, 4)):
+        expected = with_gradients(linear_ppo_loss, arguments, **settings)
+        actual = with_gradients(compiled, arguments, **settings)
+        for index in (0, 2, 3):
+            torch.testing.assert_close(actual[index], expected[index], rtol=0, atol=0)
+        assert actual[1].clipped == expected[1].clipped
+
+
+def products_of(function: Any) -> list[list[int]]:
+    """The sizes n, k, m of all products of n x k and k x m matrices."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profile:
+        function()
+    shapes = [
+        each.input_shapes[-2:] if each.name == "aten::mm" else each.input_shapes[1:3]
+        for each in profile.events()
+        if each.name in ("aten::mm", "aten::addmm_")
+    ]
+    return [[*left, right[1]] for left, right in shapes]
+
+
+@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True), (False, False)])
+def test_only_the_products_of_gradients_that_are_needed_are_made(needed: tuple[bool, bool]) -> None:
+    arguments = example(4, 0) | {"mask": torch.ones(4, dtype=torch.bool)}
+    for name, is_needed in zip(("hidden", "weight"), needed, strict=True):
+        arguments[name].requires_grad_(is_needed)
+
+    def forward() -> None:
+        loss, _ = linear_ppo_loss(**arguments, clip_ratio=0.2, behaviour_correction=True, normaliser=1.0)
+        assert loss.requires_grad == (any(needed) and torch.is_grad_enabled())
+
+    of_logits, of_hidden, of_weight = [4, 5, VOCAB], [4, VOCAB, 5], [VOCAB, 4, 5]
+    assert products_of(forward) == [of_logits, *[of_hidden] * needed[0], *[of_weight] * needed[1]]
+    with torch.no_grad():
+        assert products_of(forward) == [of_logits]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    arguments = example(4, 0)
+    hidden = arguments["hidden"].requires_grad_()
+    loss, _ = linear_ppo_loss(**arguments, clip_ratio=0.2, behaviour_correction=True, normaliser=1.0)
+    (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_rows_are_those_that_predict_the_targets() -> None:
     rows = torch.tensor([0, 2, 3, 7])
 
@@ -127,43 +233,38 @@ def test_gradients_of_lower_precision_are_summed_in_single(dtype: torch.dtype) -
         assert error <= 8 * accuracy * expected.abs().max()
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return made
+def peak_of(function: Any) -> int:
+    """The most bytes of tensors that live at a time while the function runs, beyond those from before."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    changes = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
+    return max(accumulate(changes))
 
 
-def test_no_more_logits_are_in_memory_than_allowed() -> None:
-    tokens, vocab, allowed = 64, 1000, 4000
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_memory_is_a_chunk_and_the_gradients(entropy_coef: float) -> None:
+    tokens, vocab, size, rows_of_chunk = 512, 8192, 32, 64
     random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, 2, generator=random, requires_grad=True)
-    weight = torch.randn(vocab, 2, generator=random, requires_grad=True)
-    targets = torch.zeros(tokens, dtype=torch.int64)
-    others = [torch.zeros(tokens)] * 3
+    hidden, weight = (torch.randn(n, size, generator=random) / 6 for n in (tokens, vocab))
+    targets = torch.randint(0, vocab, (tokens,), generator=random)
+    of_tokens = [torch.zeros(tokens)] * 3
 
-    with Largest() as largest:
-        loss, _ = linear_ppo_loss(
-            hidden,
-            weight,
-            targets,
-            *others,
+    def forward() -> Tensor:
+        return linear_ppo_loss(
+            *(hidden.requires_grad_(), weight.requires_grad_(), targets, *of_tokens),
             torch.ones(tokens, dtype=torch.bool),
             clip_ratio=0.2,
             behaviour_correction=True,
             normaliser=1.0,
-            entropy_coef=0.1,
-            chunk_elements=allowed,
-        )
-        loss.backward()
+            entropy_coef=entropy_coef,
+            chunk_elements=rows_of_chunk * vocab,
+        )[0]
 
-    assert vocab * 2 <= largest.elements <= allowed
+    chunk, block = 4 * rows_of_chunk * vocab, 4 * CPU_BLOCK_ELEMENTS if entropy_coef else 0
+    gradients = 4 * size * (tokens + vocab)
+    peak = peak_of(forward)
+    assert chunk + gradients < peak < 1.1 * chunk + gradients + block
 
 
 def test_a_row_outside_the_mask_is_not_read() -> None:

@@ -4,8 +4,9 @@
 
 Each kernel is compiled as it is launched, in every configuration that ships, for each target. The table shows
 registers, shared memory, spills and, of kernels that stream through memory, the bytes that their loops move
-per element, how many accesses are at least 128 bits wide, and the busiest pipe's time over that of DRAM. The
-last line is JSON.
+per element, how many accesses are at least 128 bits wide, and the busiest pipe's time over that of DRAM; of
+matrix products, the matrix instructions and copies to shared memory in their loop, and the busiest pipe's
+clocks after the loop over the matrix clocks of the tile. The last line is JSON.
 
 `--accept` writes the baseline, which `tests/kernels/test_aot.py` lets only improve.
 """
@@ -66,7 +67,9 @@ def as_row(found: Report) -> str:
     row = f"{found.registers:4} {found.spills:6} {found.shared:6}"
     if found.loaded is not None:
         row += f" {found.loaded:6.2f} {found.stored:6.2f} {found.wide:4.0%}"
-    return f"{row}  {found.pipe} {found.pipe_over_dram}" if found.pipe else row
+    if found.products is not None:
+        row += f" {found.products:6} {found.copies or 0:6}     "
+    return f"{row}  {found.pipe} {found.pipe_over_dram or found.after_loop}" if found.pipe else row
 
 
 def accept(reports: dict[str, object]) -> None:

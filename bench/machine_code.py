@@ -3,7 +3,9 @@
 A `Configuration` is a kernel as it is launched; `report` compiles it for a target and reads registers, shared
 memory, spills and, for a kernel that streams through memory, the bytes that its loop moves per element, how
 many of its accesses are at least 128 bits wide, and an estimate from datasheets: the time of the busiest pipe
-of a multiprocessor over the time that DRAM takes for the same bytes. `faults` says what no kernel may do.
+of a multiprocessor over the time that DRAM takes for the same bytes. Of a matrix product it reads what its
+loop is made of, and what comes after the loop beside the matrix instructions. `faults` says what no kernel
+may do.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +40,16 @@ DRAM = {
     "sm_90": 3.35e12 / 132 / 1.755e9,
     "sm_100": 8.0e12 / 148 / 1.85e9,
 }
+# Floating-point operations of the tensor cores in half precision per clock and multiprocessor, likewise.
+MATRIX = {
+    "sm_80": 312e12 / 108 / 1.410e9,
+    "sm_90": 989e12 / 132 / 1.755e9,
+    "sm_100": 2250e12 / 148 / 1.85e9,
+}
+# What a loop of a matrix product is made of: instructions of tensor cores, and copies that nobody waits for.
+PRODUCTS = {"sm_80": r"HMMA", "sm_90": r"HGMMA", "sm_100": r"UTC[A-Z]*MMA", "gfx942": r"v_mfma"}
+BULK_COPIES = {"sm_90": r"UTMALDG", "sm_100": r"UTMALDG"}
+COPIES = {"sm_80": r"LDGSTS", "sm_90": r"LDGSTS", "sm_100": r"LDGSTS"}
 # Warp instructions per clock and multiprocessor, from the throughput table of the CUDA programming guide.
 PIPES = {"issue": 4.0, "fma": 4.0, "alu": 2.0, "convert": 0.5, "special": 0.5, "memory": 1.0}
 PIPE_OF = {
@@ -62,7 +74,20 @@ class Stream:
     stored: float
     loops: int = 1  # how many loops go over all elements
     is_wide: bool = True  # every access is to be 128 bits or more
+    narrow: int = 0  # but for so many of a trip, of a number that many elements share
     pipe_over_dram: Mapping[str, float] = field(default_factory=dict)  # at most, by target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """What a matrix product has to be made of, and what may come after its loop."""
+
+    operations: Callable[[Mapping[str, int]], float]  # of a program's tile, as deep as it is judged by
+    uses_bulk_copies: bool = False
+    needs_copies: bool = True
+    after_loop: Mapping[str, float] = field(
+        default_factory=dict
+    )  # over the matrix clocks, at most, by target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +101,7 @@ class Configuration:
     constants: Mapping[str, Any] = field(default_factory=dict)
     divisible: frozenset[str] = frozenset()  # numbers that 16 divides, as a launch would find
     stream: Stream | None = None
+    product: Product | None = None
     targets: tuple[str, ...] = tuple(TARGETS)
 
 
@@ -89,14 +115,18 @@ class Report:
     loaded: float | None = None  # bytes per element, in the loops of the stream
     stored: float | None = None
     wide: float | None = None  # part of the loops' accesses that are 128 bits or more
-    pipe: str | None = None  # the busiest
+    pipe: str | None = None  # the busiest, of a product after its loop
     pipe_over_dram: float | None = None
+    products: int | None = None  # matrix instructions in the loop of a product
+    copies: int | None = None  # copies to shared memory there that no thread waits for
+    after_loop: float | None = None  # of the busiest pipe after the loop, over the matrix clocks
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
     opcode: str
     jumps_to: str | None
+    is_conditional: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +167,12 @@ def compiled(configuration: Configuration, target: str) -> tuple[Any, Mapping[st
 def report(configuration: Configuration, target: str) -> Report:
     binary, settings = compiled(configuration, target)
     code = (_read_hip if target.startswith("gfx") else _read_cuda)(binary)
-    of_stream = {}
+    found = {}
     if configuration.stream is not None:
-        of_stream = _of_stream(code, configuration.stream, settings, target)
-    return Report(
-        registers=code.registers, spills=code.spills, shared=int(binary.metadata.shared), **of_stream
-    )
+        found = _of_stream(code, configuration.stream, settings, target)
+    if configuration.product is not None:
+        found = _of_product(code, configuration.product, settings, target)
+    return Report(registers=code.registers, spills=code.spills, shared=int(binary.metadata.shared), **found)
 
 
 def _of_stream(code: Code, stream: Stream, settings: Mapping[str, int], target: str) -> dict[str, Any]:
@@ -155,7 +185,7 @@ def _of_stream(code: Code, stream: Stream, settings: Mapping[str, int], target: 
     found: dict[str, Any] = {
         "loaded": round(loaded / elements, 3),
         "stored": round(stored / elements, 3),
-        "wide": round(sum(number >= WIDE for number, _ in accesses) / len(accesses), 3),
+        "wide": round(sum(number >= WIDE for number, _ in accesses) / (len(accesses) - stream.narrow), 3),
     }
     if target in DRAM:
         clocks = _clocks(loop, settings["num_warps"])
@@ -163,6 +193,63 @@ def _of_stream(code: Code, stream: Stream, settings: Mapping[str, int], target: 
         found["pipe"] = pipe
         found["pipe_over_dram"] = round(clocks[pipe] * DRAM[target] / (loaded + stored), 2)
     return found
+
+
+def _of_product(code: Code, product: Product, settings: Mapping[str, int], target: str) -> dict[str, Any]:
+    begin, end = _innermost_loop_with(code, PRODUCTS[target])
+    loop = code.instructions[begin : end + 1]
+    copies = (BULK_COPIES if product.uses_bulk_copies else COPIES).get(target)
+    found: dict[str, Any] = {
+        "products": _count(loop, PRODUCTS[target]),
+        "copies": None if copies is None else _count(loop, copies),
+    }
+    if target in MATRIX:
+        clocks = _clocks(_shortest_way_out(code, end + 1), settings["num_warps"])
+        pipe = max(clocks, key=lambda name: clocks[name])
+        found["pipe"] = pipe
+        found["after_loop"] = round(clocks[pipe] * MATRIX[target] / product.operations(settings), 4)
+    return found
+
+
+def _spans(code: Code) -> list[tuple[int, int]]:
+    """First and last instruction of each loop."""
+    return [
+        (code.labels[each.jumps_to], end)
+        for end, each in enumerate(code.instructions)
+        if each.jumps_to in code.labels and code.labels[each.jumps_to] < end
+    ]
+
+
+def _innermost_loop_with(code: Code, pattern: str) -> tuple[int, int]:
+    return min(
+        (span for span in _spans(code) if _count(code.instructions[span[0] : span[1] + 1], pattern)),
+        key=lambda span: span[1] - span[0],
+    )
+
+
+def _shortest_way_out(code: Code, begin: int) -> list[Instruction]:
+    """The instructions from there to the end for a program that nothing extraordinary happens to: no barrier
+    that is not there yet, no vocabulary that ends in its tile."""
+    came_from: dict[int, int | None] = {begin: None}
+    nearest = deque([begin])
+    while nearest:
+        place = nearest.popleft()
+        each = code.instructions[place]
+        if each.opcode == "EXIT" and not each.is_conditional:
+            way = [each]
+            while (before := came_from[place]) is not None:
+                place = before
+                way.append(code.instructions[place])
+            return way[::-1]
+        jumps = each.opcode.startswith("BRA") and each.jumps_to in code.labels
+        following = [code.labels[str(each.jumps_to)]] if jumps else []
+        if not jumps or each.is_conditional:
+            following.append(place + 1)
+        for each_place in following:
+            if each_place not in came_from:
+                came_from[each_place] = place
+                nearest.append(each_place)
+    raise AssertionError("the machine code has no end")
 
 
 def _busiest_loops(code: Code, number: int) -> list[Instruction]:
@@ -175,11 +262,7 @@ def _busiest_loops(code: Code, number: int) -> list[Instruction]:
         widths = [width for each in loop if (width := code.width(each.opcode))]
         return [sum(number for number, is_store in widths if is_store == kind) for kind in (False, True)]
 
-    spans = [
-        (code.labels[each.jumps_to], end)
-        for end, each in enumerate(code.instructions)
-        if each.jumps_to in code.labels and code.labels[each.jumps_to] < end
-    ]
+    spans = _spans(code)
     innermost = [
         (begin, end)
         for begin, end in spans
@@ -198,7 +281,7 @@ def _clocks(loop: Sequence[Instruction], num_warps: int) -> Counter[str]:
         opcode = each.opcode.split(".")[0]
         for pipe, pattern in PIPE_OF.items():
             if re.match(pattern, opcode):
-                words = (_width_cuda(each.opcode) or (4,))[0] / 4  # a wide access is as many narrow ones
+                words = _bytes_in(each.opcode) / 4 if pipe == "memory" else 1  # wide: as many narrow ones
                 clocks[pipe] += num_warps / PIPES[pipe] * max(1, words)
                 break
     return clocks
@@ -215,7 +298,7 @@ def _read_cuda(binary: Any) -> Code:
         text = _tool("nvdisasm", "-c", file.name)
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
     instructions, labels = _parse(
-        text, r"\s*(\.L_x_\d+):", r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)(.*)"
+        text, r"\s*(\.L_x_\d+):", r"\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)(.*)"
     )
     (registers,) = re.findall(r"REG:(\d+)", usage)
     return Code(
@@ -229,7 +312,7 @@ def _read_cuda(binary: Any) -> Code:
 
 def _read_hip(binary: Any) -> Code:
     text = binary.asm["amdgcn"]
-    instructions, labels = _parse(text, r"(\.LBB\d+_\d+):", r"\t([a-z]+_[a-z0-9_]+)\b(.*)")
+    instructions, labels = _parse(text, r"(\.LBB\d+_\d+):", r"\t()([a-z]+_[a-z0-9_]+)\b(.*)")
     (registers,) = re.findall(r"\.vgpr_count:\s+(\d+)", text)
     spills = sum(int(number) for number in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text))
     return Code(
@@ -248,8 +331,9 @@ def _parse(text: str, label: str, instruction: str) -> tuple[list[Instruction], 
         if found := re.match(label, line):
             labels[found[1]] = len(instructions)
         elif found := re.match(instruction, line):
-            target = re.search(r"(\.L_x_\d+|\.LBB\d+_\d+)", found[2])
-            instructions.append(Instruction(found[1], target[1] if target else None))
+            target = re.search(r"(\.L_x_\d+|\.LBB\d+_\d+)", found[3])
+            is_conditional = bool(found[1] or re.match(r"\s+!?U?P\d", found[3]) or "_cbranch_" in found[2])
+            instructions.append(Instruction(found[2], target[1] if target else None, is_conditional))
     return instructions, labels
 
 
@@ -261,8 +345,15 @@ def _width_cuda(opcode: str) -> tuple[int, bool] | None:
     """Bytes that a thread moves from or to global memory, and whether it stores; None if neither."""
     if not (found := re.match(r"(LDG|STG)\b", opcode)):
         return None
+    return _bytes_in(opcode), found[1] == "STG"
+
+
+def _bytes_in(opcode: str) -> int:
+    """That a thread moves."""
+    if matrices := re.search(r"M88(?:\.(\d))?", opcode):
+        return 4 * int(matrices[1] or 1)
     bits = re.search(r"\.(256|128|64|[US]16|[US]8)\b", opcode)
-    return (int(bits[1].lstrip("US")) // 8 if bits else 4), found[1] == "STG"
+    return int(bits[1].lstrip("US")) // 8 if bits else 4
 
 
 def _width_hip(opcode: str) -> tuple[int, bool] | None:
@@ -277,6 +368,8 @@ def faults(configuration: Configuration, found: Report, target: str) -> Iterator
     """What no kernel may do, whatever the baseline says."""
     if found.spills:
         yield f"{found.spills} spills; there must be none"
+    if configuration.product is not None:
+        yield from _faults_of_product(configuration.product, found, target)
     if (stream := configuration.stream) is None:
         return
     for verb, bytes_moved, most in (
@@ -292,11 +385,23 @@ def faults(configuration: Configuration, found: Report, target: str) -> Iterator
         yield f"the {found.pipe} pipe takes {found.pipe_over_dram} of DRAM's time, above {most}"
 
 
+def _faults_of_product(product: Product, found: Report, target: str) -> Iterator[str]:
+    if not found.products:
+        yield "no matrix instruction in the loop"
+    if product.needs_copies and found.copies == 0:
+        yield f"no {'bulk ' if product.uses_bulk_copies else ''}copy to shared memory in the loop"
+    most = product.after_loop.get(target)
+    if most is not None and (found.after_loop is None or found.after_loop > most):
+        yield f"after the loop the {found.pipe} pipe takes {found.after_loop} of its clocks, above {most}"
+
+
 def worse(found: Report, accepted: Report) -> Iterator[str]:
     """What a baseline held better."""
-    for name in ("registers", "spills", "shared", "loaded", "stored", "pipe_over_dram"):
+    for name in ("registers", "spills", "shared", "loaded", "stored", "pipe_over_dram", "after_loop"):
         new, old = getattr(found, name), getattr(accepted, name)
         if new is not None and old is not None and new > old:
             yield f"{name}: {new}, was {old}"
-    if found.wide is not None and accepted.wide is not None and found.wide < accepted.wide:
-        yield f"wide: {found.wide}, was {accepted.wide}"
+    for name in ("wide", "products", "copies"):
+        new, old = getattr(found, name), getattr(accepted, name)
+        if new is not None and old is not None and new < old:
+            yield f"{name}: {new}, was {old}"

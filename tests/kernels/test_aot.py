@@ -18,7 +18,7 @@ import triton
 
 from bench.configurations import configurations
 from bench.kernels import read_baseline
-from bench.machine_code import compiled, faults, report, worse
+from bench.machine_code import TARGETS, compiled, faults, report, worse
 from tests.kernels.tritons import ROOT, with_triton
 
 CONFIGURATIONS = {configuration.name: configuration for configuration in configurations()}
@@ -78,6 +78,30 @@ def test_what_no_kernel_may_do_is_refused_whatever_the_baseline_says() -> None:
         "only 50% of the accesses are 128 bits wide",
         "the issue pipe takes 0.71 of DRAM's time, above 0.7",
     ]
+
+
+def test_a_matrix_product_without_its_instructions_or_with_a_long_end_is_refused() -> None:
+    configuration = CONFIGURATIONS["linear bf16 entropy descriptors"]
+    good = read_baseline()["linear bf16 entropy descriptors sm_100"]
+    assert not list(faults(configuration, good, "sm_100"))
+    bad = replace(good, products=0, copies=0, after_loop=0.061, pipe="special")
+    assert list(faults(configuration, bad, "sm_100")) == [
+        "no matrix instruction in the loop",
+        "no bulk copy to shared memory in the loop",
+        "after the loop the special pipe takes 0.061 of its clocks, above 0.06",
+    ]
+    messages = list(worse(replace(good, products=1, copies=1, after_loop=1.0), good))
+    assert [message.split(":")[0] for message in messages] == ["after_loop", "products", "copies"]
+
+
+def test_the_reader_sees_that_special_functions_alone_would_take_longer_on_sm_100() -> None:
+    """Every power by them, none by multiplications."""
+    configuration = CONFIGURATIONS["linear bf16 descriptors"]
+    settings = dict(configuration.settings(TARGETS["sm_100"]))
+    slow = replace(configuration, settings=lambda _: settings | {"POLYNOMIAL": 0})
+    found = report(slow, "sm_100")
+    assert found.pipe == "special"
+    assert list(faults(slow, found, "sm_100"))
 
 
 def test_the_reader_sees_accesses_that_are_narrow() -> None:

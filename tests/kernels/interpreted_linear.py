@@ -56,12 +56,12 @@ def in_type(arguments: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
     return arguments | {"hidden": hidden.to(dtype), "weight": (weight / hidden.shape[1] ** 0.5).to(dtype)}
 
 
-def chunk_of(arguments: dict[str, Tensor], device: str = "sm_90", temperature: float = 1.0) -> Chunk:
+def chunk_of(arguments: dict[str, Tensor], device: str = "sm_90", group: Any = None) -> Chunk:
     with kernels(device):
         return Chunk(
             *(arguments[name] for name in ("hidden", "weight", "targets")),
-            temperature,
-            None,
+            1.0,
+            group,
             want_entropy=True,
             want_gradient=True,
         )
@@ -230,6 +230,35 @@ def test_an_offset_of_all_logits_changes_neither_logprobs_nor_entropy(device: st
     moved = chunk_of(arguments, device)
     torch.testing.assert_close(moved.logprobs, plain.logprobs, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(moved.entropy, plain.entropy, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("device", TILES)
+def test_shards_of_the_vocabulary_give_what_the_whole_gives(device: str) -> None:
+    """What two processes would exchange is handed over here; `test_parallel.py` has real ones."""
+    arguments = in_type(example(6, 0, hidden_size=8, vocab=42), torch.float32)
+    slopes, of_entropy = torch.linspace(-1, 1, 6), torch.linspace(2, 1, 6)
+    whole = chunk_of(arguments, device)
+    sent: list[Tensor] = []
+
+    def chunk_of_rank(rank: int, exchange: Any) -> Chunk:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(linear_chunk.dist, "get_rank", lambda _: rank)
+            patch.setattr(linear_chunk, "_all_gather", exchange)
+            return chunk_of(arguments | {"weight": arguments["weight"].chunk(2)[rank]}, device, "two")
+
+    def send(statistics: Tensor, *_: object, **__: object) -> Tensor:
+        sent.append(statistics)
+        return statistics[:, None].expand(-1, 2, -1)
+
+    for rank in (0, 1):
+        chunk_of_rank(rank, send)
+    shards = [chunk_of_rank(rank, lambda *_, **__: torch.stack(sent, dim=1)) for rank in (0, 1)]
+    for shard in shards:
+        torch.testing.assert_close(shard.logprobs, whole.logprobs, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(shard.entropy, whole.entropy, rtol=2e-6, atol=2e-6)
+    with kernels(device):
+        gradients = [each.gradient(slopes, of_entropy) for each in (*shards, whole)]
+    torch.testing.assert_close(torch.cat(gradients[:2], dim=1), gradients[2], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "neither"])

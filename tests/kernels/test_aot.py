@@ -50,6 +50,23 @@ def test_lengths_of_one_compile(kernel: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("linear bf16 entropy descriptors", "sm_100"),
+        ("linear bf16 entropy", "sm_80"),
+        ("linear gradient bf16 entropy", "sm_90"),
+    ],
+)
+def test_products_with_lengths_of_one_compile(name: str, target: str) -> None:
+    configuration = CONFIGURATIONS[name]
+    lengths = {"num_tokens", "vocab", "hidden_size", "num_segments", "stride_hidden", "stride_weight"}
+    ones = dict.fromkeys(lengths & set(configuration.arguments), 1)
+    compiled(
+        replace(configuration, constants={**configuration.constants, **ones}, divisible=frozenset()), target
+    )
+
+
 def test_what_is_worse_is_named() -> None:
     accepted = read_baseline()["gradient bf16 entropy sm_90"]
     changes = {

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from rlef_kernels._checks import accumulation_dtype, check_floating, check_integer, check_like, check_positive
 from rlef_kernels._triton import has_triton
@@ -194,45 +195,6 @@ def _all_gather(partial: Tensor, group: ProcessGroup | None) -> Tensor:
     return gathered
 
 
-class _LogprobsFromLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        rows: Tensor | None,
-        temperature: float,
-        group: ProcessGroup | None,
-        want_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        shard = Shard(logits, targets, rows, temperature, group)
-        row = whole_vocabulary(shard.statistics(want_entropy), targets, shard, group)
-        ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.group, ctx.want_entropy = temperature, group, want_entropy
-        ctx.save_for_backward(
-            logits, targets, rows, row.maximum, row.log_sum, row.mean if want_entropy else None
-        )
-        entropy = row.entropy() if want_entropy else None
-        return row.logprobs(temperature), entropy, row.maximum / temperature + row.log_sum
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, for_logprobs: Tensor | None, for_entropy: Tensor | None, for_logsumexp: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        logits, targets, rows, maximum, log_sum, mean = ctx.saved_tensors
-        shard = Shard(logits, targets, rows, ctx.temperature, ctx.group)
-        zero = torch.zeros_like(maximum)
-        gradient = logits_gradient(
-            shard,
-            RowStatistics(maximum=maximum, chosen=zero, log_sum=log_sum, mean=zero if mean is None else mean),
-            zero if for_logprobs is None else for_logprobs,
-            for_entropy,
-            for_logsumexp,
-        )
-        return gradient, None, None, None, None, None
-
-
 def logits_gradient(
     shard: Shard,
     row: RowStatistics,
@@ -253,6 +215,31 @@ def logits_gradient(
         for_shifted = -LN_2 * for_entropy * scale
     for_target = for_logprobs * (shard.bits * LN_2)
     return shard.gradient(row.maximum, for_every * scale, for_shifted, for_target)
+
+
+def check_rows(rows: Tensor, targets: Tensor, number: int, of: str) -> None:
+    """Raise ValueError unless `rows` are `[tokens]` ascending indices into `number` rows."""
+    check_integer("rows", rows)
+    check_like("rows", rows, "targets", targets)
+    _check_range("rows", rows, number)
+    if rows.device.type == "cpu" and not bool((rows[1:] > rows[:-1]).all()):
+        raise ValueError(f"rows do not ascend; sort them, each row of {of} at most once")
+
+
+def check_targets(targets: Tensor, vocab: int, group: ProcessGroup | None) -> None:
+    """Raise ValueError unless targets are ids of the whole vocabulary, of which each process has `vocab`."""
+    _check_range("targets", targets, vocab * (1 if group is None else dist.get_world_size(group)))
+
+
+def _check_range(name: str, indices: Tensor, size: int) -> None:
+    # Only on a CPU: on a GPU it would wait for the device, whose own indexing reports the same error.
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = indices.aminmax()
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"{name} reach from {int(low)} to {int(high)}; they must lie within 0 and {size - 1}"
+        )
 
 
 def logprobs_from_logits(
@@ -282,6 +269,16 @@ def logprobs_from_logits(
     Raises:
         ValueError: a shape, type, device, temperature or (on a CPU) target or row that cannot be right.
     """
+    check_logits(logits, targets, rows)
+    check_positive("temperature", temperature)
+    logprobs, entropy, logsumexp, _ = torch.ops.rlef_kernels.logprobs_from_logits(
+        logits, targets, rows, float(temperature), want_entropy, name_of(group)
+    )
+    return TokenLogprobs(logprobs=logprobs, entropy=entropy if want_entropy else None, logsumexp=logsumexp)
+
+
+def check_logits(logits: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+    """Raise ValueError unless logits are `[rows, vocab]`, and targets and rows fit: not reading a value."""
     check_floating("logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(
@@ -291,35 +288,108 @@ def logprobs_from_logits(
     if rows is None:
         check_like("targets", targets, "the first dimension of logits", logits[:, 0])
     else:
+        check_integer("rows", rows)
+        check_like("rows", rows, "targets", targets)
+
+
+def name_of(group: ProcessGroup | None) -> str:
+    """What stands for the group among an operator's arguments."""
+    return "" if group is None else group.group_name
+
+
+def group_of(name: str) -> ProcessGroup | None:
+    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
+
+
+def _logprobs_of_logits(
+    logits: Tensor,  # [rows, vocab / ranks]
+    targets: Tensor,  # [tokens]
+    rows: Tensor | None,  # [tokens]
+    temperature: float,
+    want_entropy: bool,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropy (`[0]` if not wanted), logsumexp; for the backward pass, `[3, tokens]`."""
+    group = group_of(group_name)
+    if rows is not None:
         check_rows(rows, targets, logits.shape[0], "logits")
     check_targets(targets, logits.shape[1], group)
-    check_positive("temperature", temperature)
-    logprobs, entropy, logsumexp = _LogprobsFromLogits.apply(  # type: ignore[no-untyped-call]
-        logits, targets, rows, float(temperature), group, want_entropy
+    shard = Shard(logits, targets, rows, temperature, group)
+    row = whole_vocabulary(shard.statistics(want_entropy), targets, shard, group)
+    entropy = row.entropy() if want_entropy else row.maximum.new_empty(0)
+    logsumexp = row.maximum / temperature + row.log_sum
+    return row.logprobs(temperature), entropy, logsumexp, torch.stack([row.maximum, row.log_sum, row.mean])
+
+
+def _shapes_of_logprobs(
+    logits: Tensor, targets: Tensor, _rows: Tensor | None, _temperature: float, want_entropy: bool, _name: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What torch.compile needs to know of the outputs."""
+    logprobs = logits.new_empty(targets.shape, dtype=accumulation_dtype(logits))
+    entropy = torch.empty_like(logprobs) if want_entropy else logprobs.new_empty(0)
+    return logprobs, entropy, torch.empty_like(logprobs), logprobs.new_empty((3, *targets.shape))
+
+
+def _gradient_of_logits(
+    logits: Tensor,  # [rows, vocab / ranks]
+    targets: Tensor,  # [tokens]
+    rows: Tensor | None,  # [tokens]
+    statistics: Tensor,  # [3, tokens]
+    for_logprobs: Tensor | None,  # [tokens]
+    for_entropy: Tensor | None,  # [tokens]
+    for_logsumexp: Tensor | None,  # [tokens]
+    temperature: float,
+    group_name: str,
+) -> Tensor:
+    shard = Shard(logits, targets, rows, temperature, group_of(group_name))
+    maximum, log_sum, mean = statistics
+    zero = torch.zeros_like(maximum)
+    row = RowStatistics(maximum=maximum, chosen=zero, log_sum=log_sum, mean=mean)
+    return logits_gradient(
+        shard, row, zero if for_logprobs is None else for_logprobs, for_entropy, for_logsumexp
     )
-    return TokenLogprobs(logprobs=logprobs, entropy=entropy, logsumexp=logsumexp)
 
 
-def check_rows(rows: Tensor, targets: Tensor, number: int, of: str) -> None:
-    """Raise ValueError unless `rows` are `[tokens]` ascending indices into `number` rows."""
-    check_integer("rows", rows)
-    check_like("rows", rows, "targets", targets)
-    _check_range("rows", rows, number)
-    if rows.device.type == "cpu" and not bool((rows[1:] > rows[:-1]).all()):
-        raise ValueError(f"rows do not ascend; sort them, each row of {of} at most once")
+def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, rows, ctx.temperature, ctx.want_entropy, ctx.group_name = inputs
+    ctx.mark_non_differentiable(output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, rows, output[3])
 
 
-def check_targets(targets: Tensor, vocab: int, group: ProcessGroup | None) -> None:
-    """Raise ValueError unless targets are ids of the whole vocabulary, of which each process has `vocab`."""
-    _check_range("targets", targets, vocab * (1 if group is None else dist.get_world_size(group)))
+@once_differentiable
+def _logprobs_backward(
+    ctx: Any, for_logprobs: Tensor | None, for_entropy: Tensor | None, for_logsumexp: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    gradient = torch.ops.rlef_kernels.logprobs_from_logits_backward(
+        *ctx.saved_tensors,
+        for_logprobs,
+        for_entropy if ctx.want_entropy else None,
+        for_logsumexp,
+        ctx.temperature,
+        ctx.group_name,
+    )
+    return gradient, None, None, None, None, None
 
 
-def _check_range(name: str, indices: Tensor, size: int) -> None:
-    # Only on a CPU: on a GPU it would wait for the device, whose own indexing reports the same error.
-    if indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    low, high = indices.aminmax()
-    if low < 0 or high >= size:
-        raise ValueError(
-            f"{name} reach from {int(low)} to {int(high)}; they must lie within 0 and {size - 1}"
-        )
+# Operators, so that torch.compile steps over them: their torch form asks for the values of targets and rows.
+torch.library.define(
+    "rlef_kernels::logprobs_from_logits",
+    "(Tensor logits, Tensor targets, Tensor? rows, float temperature, bool want_entropy, str group_name)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("rlef_kernels::logprobs_from_logits", "default", _logprobs_of_logits)
+torch.library.register_fake("rlef_kernels::logprobs_from_logits", _shapes_of_logprobs)
+torch.library.register_autograd(
+    "rlef_kernels::logprobs_from_logits", _logprobs_backward, setup_context=_save_statistics
+)
+torch.library.define(
+    "rlef_kernels::logprobs_from_logits_backward",
+    "(Tensor logits, Tensor targets, Tensor? rows, Tensor statistics, Tensor? for_logprobs,"
+    " Tensor? for_entropy, Tensor? for_logsumexp, float temperature, str group_name) -> Tensor",
+)
+torch.library.impl("rlef_kernels::logprobs_from_logits_backward", "default", _gradient_of_logits)
+torch.library.register_fake(
+    "rlef_kernels::logprobs_from_logits_backward",
+    lambda logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)

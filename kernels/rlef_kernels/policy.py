@@ -2,184 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from rlef_kernels._checks import (
     accumulation_dtype,
     check_floating,
-    check_like,
-    check_mask,
     check_normaliser,
-    check_not_negative,
     check_positive,
 )
-from rlef_kernels.logprobs import logprobs_from_logits
-from rlef_kernels.segments import mean_weights  # noqa: F401 (where it used to be)
+from rlef_kernels._triton import has_triton
+from rlef_kernels.policy_terms import (
+    METRICS,
+    SETTINGS_SCHEMA,
+    KLEstimator,
+    PolicyMetrics,
+    PolicySettings,
+    TokenData,
+    check_coefficient,
+    check_tokens,
+    loss_and_gradient,
+    metrics_of,
+    reduced,
+    token_terms,
+)
 
-KLEstimator = Literal["k1", "k2", "k3"]
-_KL_ESTIMATORS = ("k1", "k2", "k3")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyMetrics:
-    """Sums over the tokens inside the mask, to be added up over batches and processes. No gradient; each
-    token counts once, whatever its weight."""
-
-    tokens: Tensor
-    clipped: Tensor  # tokens whose gradient a clip stopped
-    approximate_kl: Tensor  # of (pi_old || pi): x - 1 - ln x with x = pi / pi_old, never negative
-    behaviour_weight: Tensor  # min(pi / pi_behaviour, 1), or 1 per token without the correction
-    entropy: Tensor  # 0 when no entropy was given
-    reference_kl: Tensor  # of (pi || pi_reference) by the estimator; 0 without a reference
-    ratio_max: Tensor  # the largest pi / pi_old: a maximum, not a sum; 0 without tokens
-    ratio_min: Tensor  # the smallest: a minimum; infinite without tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySettings:
-    """What is asked of the loss, checked."""
-
-    low: float
-    high: float
-    dual_clip: float | None
-    behaviour_correction: bool
-    entropy_coef: float
-    kl_coef: float
-    kl_estimator: KLEstimator
-
-    @classmethod
-    def checked(
-        cls,
-        *,
-        clip_ratio: float | tuple[float, float],
-        dual_clip: float | None,
-        behaviour_correction: bool,
-        entropy_coef: float,
-        reference_logprobs: Tensor | None,
-        kl_coef: float,
-        kl_estimator: KLEstimator,
-    ) -> PolicySettings:
-        """Raises ValueError for a setting out of range."""
-        low, high = clip_ratio if isinstance(clip_ratio, tuple) else (clip_ratio, clip_ratio)
-        check_positive("clip_ratio", low)
-        check_positive("clip_ratio", high)
-        if dual_clip is not None and not 1 + high < dual_clip < float("inf"):
-            raise ValueError(
-                f"dual_clip is {dual_clip}; it must be a finite number above 1 + clip_ratio = {1 + high}"
-            )
-        check_not_negative("entropy_coef", entropy_coef)
-        check_coefficient("kl_coef", kl_coef, "reference_logprobs", reference_logprobs)
-        if kl_estimator not in _KL_ESTIMATORS:
-            raise ValueError(f"kl_estimator is {kl_estimator!r}; give 'k1', 'k2' or 'k3'")
-        return cls(
-            low=low,
-            high=high,
-            dual_clip=dual_clip,
-            behaviour_correction=behaviour_correction,
-            entropy_coef=entropy_coef,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-        )
-
-
-def check_coefficient(name: str, coefficient: float, tensor_name: str, tensor: Tensor | None) -> None:
-    """Raise ValueError unless the coefficient is 0, or above and its tensor is there."""
-    check_not_negative(name, coefficient)
-    if tensor is None and coefficient > 0:
-        raise ValueError(
-            f"{name} is {coefficient} but {tensor_name} is missing; pass it, or set the coefficient to 0"
-        )
-
-
-def check_tokens(base_name: str, base: Tensor, mask: Tensor, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless all are `[tokens]` as `base`, of floating types, and the mask is bool."""
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            check_floating(name, tensor)
-            check_like(name, tensor, base_name, base)
-    check_mask("mask", mask)
-    check_like("mask", mask, base_name, base)
-
-
-def _kl_and_slope(difference: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]:
-    """An estimate of KL(pi || pi_reference) from ln (pi / pi_reference), and its derivative in ln pi."""
-    if estimator == "k1":
-        return difference, torch.ones_like(difference)
-    if estimator == "k2":
-        return difference.square() / 2, difference
-    slope = -torch.expm1(-difference)
-    return difference - slope, slope
-
-
-def loss_and_gradient(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    behaviour_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    weights: Tensor | None,
-    reference_logprobs: Tensor | None,
-    settings: PolicySettings,
-) -> tuple[Tensor, Tensor, PolicyMetrics]:
-    """The summed loss, its gradient `[tokens]` in `logprobs`, the metrics. Masked tokens are not read."""
-    dtype = accumulation_dtype(logprobs)
-    low, high = settings.low, settings.high
-    chosen = mask.nonzero()[:, 0]  # [chosen]
-    advantages = advantages[chosen].to(dtype)
-    log_ratio = logprobs[chosen].to(dtype) - old_logprobs[chosen].to(dtype)
-    ratio = log_ratio.exp()
-    weight = torch.ones_like(ratio)
-    if settings.behaviour_correction:
-        weight = (logprobs[chosen].to(dtype) - behaviour_logprobs[chosen].to(dtype)).clamp(max=0).exp()
-    corrected = ratio * weight
-    clipped = ((corrected > 1 + high) & (advantages > 0)) | ((corrected < 1 - low) & (advantages < 0))
-    bounded = torch.where(clipped, corrected.clamp(1 - low, 1 + high), corrected)
-    if settings.dual_clip is not None:
-        clipped = clipped | ((corrected > settings.dual_clip) & (advantages < 0))
-        bounded = torch.where(advantages < 0, bounded.clamp(max=settings.dual_clip), bounded)
-    losses = -bounded * advantages  # [chosen]
-    slopes = torch.where(clipped, 0, -corrected * advantages)  # d ratio = ratio; the weight is a constant
-    reference_kl = torch.zeros_like(losses)
-    if reference_logprobs is not None:
-        difference = logprobs[chosen].to(dtype) - reference_logprobs[chosen].to(dtype)
-        reference_kl, kl_slopes = _kl_and_slope(difference, settings.kl_estimator)
-        losses = losses + settings.kl_coef * reference_kl
-        slopes = slopes + settings.kl_coef * kl_slopes
-    if weights is not None:
-        losses, slopes = losses * weights[chosen].to(dtype), slopes * weights[chosen].to(dtype)
-    gradient = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    gradient[chosen] = slopes
-    metrics = PolicyMetrics(
-        tokens=mask.sum().to(dtype),
-        clipped=clipped.sum().to(dtype),
-        approximate_kl=(torch.expm1(log_ratio) - log_ratio).sum(),
-        behaviour_weight=weight.sum(),
-        entropy=gradient.new_zeros(()),
-        reference_kl=reference_kl.sum(),
-        ratio_max=torch.cat([ratio, ratio.new_zeros(1)]).amax(),
-        ratio_min=torch.cat([ratio, ratio.new_full((1,), float("inf"))]).amin(),
-    )
-    return losses.sum(), gradient, metrics
-
-
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logprobs.dtype
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, for_loss: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * for_loss).to(ctx.dtype), None, None
+__all__ = [
+    "KLEstimator",
+    "PolicyMetrics",
+    "PolicySettings",
+    "check_tokens",
+    "loss_and_gradient",
+    "ppo_policy_loss",
+]
 
 
 def ppo_policy_loss(
@@ -256,7 +114,6 @@ def ppo_policy_loss(
         weights=weights,
         reference_logprobs=reference_logprobs,
     )
-    check_normaliser(normaliser)
     check_coefficient("entropy_coef", entropy_coef, "entropy", entropy)
     settings = PolicySettings.checked(
         clip_ratio=clip_ratio,
@@ -267,80 +124,127 @@ def ppo_policy_loss(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
     )
-    with torch.no_grad():
-        total, gradient, metrics = loss_and_gradient(
-            logprobs,
-            old_logprobs,
-            behaviour_logprobs,
-            advantages,
-            mask,
-            weights,
-            reference_logprobs,
-            settings,
-        )
-    loss: Tensor = _PolicyLoss.apply(logprobs, total, gradient)  # type: ignore[no-untyped-call]
-    if entropy is not None:
-        entropies = entropy[mask].to(loss.dtype)
-        metrics = replace(metrics, entropy=entropies.sum().detach())
-        weighted = entropies if weights is None else entropies * weights[mask].to(loss.dtype)
-        loss = loss - entropy_coef * weighted.sum()
-    return loss / normaliser, metrics
+    loss, metrics, _, _ = torch.ops.rlef_kernels.ppo_policy_loss(
+        logprobs,
+        entropy,
+        *(each.detach() for each in (old_logprobs, behaviour_logprobs, advantages)),
+        mask,
+        None if weights is None else weights.detach(),
+        None if reference_logprobs is None else reference_logprobs.detach(),
+        *divisors(normaliser, logprobs),
+        *settings.for_operator(),
+    )
+    return loss, metrics_of(metrics)
 
 
-def ppo_policy_loss_from_logits(
-    logits: Tensor,  # [rows, vocab / ranks]
-    targets: Tensor,  # [tokens]
+def divisors(normaliser: float | Tensor, like: Tensor) -> tuple[Tensor | None, float]:
+    """The normaliser as a tensor on the device of `like`, or as a number: the other is None, or 1.
+
+    Raises ValueError unless it is one number, and above 0: of a tensor, `check_normaliser` asks that in the
+    operator, so that nothing is read where torch.compile traces.
+    """
+    if not isinstance(normaliser, Tensor):
+        check_positive("normaliser", float(normaliser))
+        return None, float(normaliser)
+    if normaliser.numel() != 1:
+        raise ValueError(f"normaliser has shape {list(normaliser.shape)}; it must be one number")
+    dtype = accumulation_dtype(like)
+    return normaliser.detach().reshape(()).to(like.device, dtype, non_blocking=True), 1.0
+
+
+def _loss_in_torch(
+    logprobs: Tensor,  # [tokens]
+    entropy: Tensor | None,  # [tokens]
     old_logprobs: Tensor,  # [tokens]
     behaviour_logprobs: Tensor,  # [tokens]
     advantages: Tensor,  # [tokens]
     mask: Tensor,  # [tokens]
-    *,
-    clip_ratio: float | tuple[float, float],
-    behaviour_correction: bool,
-    normaliser: float | Tensor,
-    entropy_coef: float = 0.0,
-    want_entropy: bool = False,
-    rows: Tensor | None = None,  # [tokens]
-    temperature: float = 1.0,
-    group: ProcessGroup | None = None,
-    weights: Tensor | None = None,  # [tokens]
-    dual_clip: float | None = None,
-    reference_logprobs: Tensor | None = None,  # [tokens]
-    kl_coef: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-) -> tuple[Tensor, PolicyMetrics]:
-    """`ppo_policy_loss` of `logprobs_from_logits`; the arguments are theirs.
+    weights: Tensor | None,  # [tokens]
+    reference_logprobs: Tensor | None,  # [tokens]
+    normaliser: Tensor | None,  # []
+    divisor: float,
+    *settings: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics `[8]`, and d loss / d logprobs and d loss / d entropy, `[tokens]` (or none, `[0]`)."""
+    scale = 1 / divisor if normaliser is None else checked_normaliser(normaliser).reciprocal()
+    data = TokenData(
+        old_logprobs=old_logprobs,
+        behaviour_logprobs=behaviour_logprobs,
+        advantages=advantages,
+        weights=weights,
+        reference_logprobs=reference_logprobs,
+    )
+    dtype = accumulation_dtype(logprobs)
+    chosen = mask.nonzero()[:, 0]  # [chosen]
+    terms, slopes, for_entropy = token_terms(
+        logprobs[chosen].to(dtype),
+        None if entropy is None else entropy[chosen].to(dtype),
+        data.at(chosen, dtype),
+        PolicySettings.of_operator(*settings),
+    )
+    loss, metrics = reduced(terms)
+    gradient = slopes.new_zeros(mask.shape)
+    of_entropy = slopes.new_zeros(0 if entropy is None else mask.shape)
+    gradient[chosen] = slopes * scale
+    if for_entropy is not None:
+        of_entropy[chosen] = for_entropy * scale
+    return loss * scale, metrics, gradient, of_entropy
 
-    Only the rows of logits that predict a token inside the mask are read; the others get the gradient 0.
-    Entropy is computed when it has a weight or is wanted for the metrics. Every process of a
-    vocabulary-parallel group returns the same loss and metrics.
-    """
-    check_mask("mask", mask)
-    check_like("mask", mask, "targets", targets)
-    if rows is None:
-        rows = torch.arange(targets.shape[0], device=targets.device)
-    chosen = logprobs_from_logits(
-        logits,
-        targets[mask],
-        rows=rows[mask],
-        temperature=temperature,
-        want_entropy=want_entropy or entropy_coef > 0,
-        group=group,
-    )
-    return ppo_policy_loss(
-        chosen.logprobs,
-        old_logprobs[mask],
-        behaviour_logprobs[mask],
-        advantages[mask],
-        torch.ones_like(chosen.logprobs, dtype=torch.bool),
-        clip_ratio=clip_ratio,
-        behaviour_correction=behaviour_correction,
-        normaliser=normaliser,
-        entropy=chosen.entropy,
-        entropy_coef=entropy_coef,
-        weights=None if weights is None else weights[mask],
-        dual_clip=dual_clip,
-        reference_logprobs=None if reference_logprobs is None else reference_logprobs[mask],
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-    )
+
+def checked_normaliser(normaliser: Tensor) -> Tensor:
+    check_normaliser(normaliser)
+    return normaliser
+
+
+def _loss_on_cuda(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if logprobs.dtype == torch.float64 or not has_triton():
+        return _loss_in_torch(logprobs, *arguments)
+    from rlef_kernels._policy_triton import loss_in_triton
+
+    return loss_in_triton(logprobs, *arguments)
+
+
+def _shapes_of_loss(
+    logprobs: Tensor,  # [tokens]
+    entropy: Tensor | None,  # [tokens]
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What torch.compile needs to know of the outputs."""
+    of_tokens = logprobs.new_empty(logprobs.shape, dtype=accumulation_dtype(logprobs))
+    of_entropy = of_tokens.new_empty(0) if entropy is None else torch.empty_like(of_tokens)
+    return of_tokens.new_empty(()), of_tokens.new_empty(len(METRICS)), of_tokens, of_entropy
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logprobs, entropy, *_ = inputs
+    _, metrics, gradient, of_entropy = output
+    ctx.mark_non_differentiable(metrics, gradient, of_entropy)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gradient, of_entropy)
+    ctx.dtypes, ctx.others = (logprobs.dtype, None if entropy is None else entropy.dtype), len(inputs) - 2
+
+
+@once_differentiable
+def _scale_gradient(ctx: Any, for_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    gradients = [
+        (gradient * for_loss).to(dtype) if for_loss is not None and dtype is not None and needed else None
+        for gradient, dtype, needed in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True
+        )
+    ]
+    return *gradients, *[None] * ctx.others
+
+
+# An operator, so that torch.compile steps over it: its torch form asks how many tokens the mask has.
+torch.library.define(
+    "rlef_kernels::ppo_policy_loss",
+    "(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor behaviour_logprobs, Tensor advantages,"
+    " Tensor mask, Tensor? weights, Tensor? reference_logprobs, Tensor? normaliser, float divisor, "
+    f"{SETTINGS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("rlef_kernels::ppo_policy_loss", "default", _loss_in_torch)
+torch.library.impl("rlef_kernels::ppo_policy_loss", "cuda", _loss_on_cuda)
+torch.library.register_fake("rlef_kernels::ppo_policy_loss", _shapes_of_loss)
+torch.library.register_autograd(
+    "rlef_kernels::ppo_policy_loss", _scale_gradient, setup_context=_save_gradient
+)

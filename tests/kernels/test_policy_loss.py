@@ -16,60 +16,7 @@ from rlef_kernels import (
     ppo_policy_loss_from_logits,
 )
 from rlef_kernels.policy import KLEstimator
-
-
-def slow(
-    logprobs: Tensor,
-    old: Tensor,
-    behaviour: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    low: float,
-    high: float,
-    correction: bool,
-    *,
-    weights: Tensor | None = None,
-    dual_clip: float | None = None,
-    reference: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-) -> tuple[Tensor, dict[str, float]]:
-    """Token by token, in the words of the papers; summed, not divided."""
-    loss = logprobs.new_zeros(())
-    counts = {"tokens": 0.0, "clipped": 0.0, "approximate_kl": 0.0, "behaviour_weight": 0.0, "ratio_max": 0.0}
-    counts |= {"reference_kl": 0.0, "ratio_min": math.inf}
-    for token in mask.nonzero()[:, 0].tolist():
-        advantage = advantages[token]
-        ratio = (logprobs[token] - old[token]).exp()
-        weight = torch.ones(())
-        if correction:
-            weight = (logprobs[token].detach() - behaviour[token]).exp().clamp(max=1)
-        r = ratio * weight
-        surrogate = torch.minimum(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
-        if dual_clip is not None and advantage < 0:
-            surrogate = torch.maximum(surrogate, dual_clip * advantage)
-        of_token = -surrogate
-        if reference is not None:
-            x = reference[token] - logprobs[token]
-            kl = {"k1": -x, "k2": x**2 / 2, "k3": x.exp() - 1 - x}[kl_estimator]
-            of_token = of_token + kl_coef * kl
-            counts["reference_kl"] += float(kl.detach())
-        loss = loss + of_token * (1 if weights is None else weights[token])
-        counts["tokens"] += 1
-        counts["clipped"] += float(surrogate.detach() != r.detach() * advantage)
-        counts["approximate_kl"] += float((ratio - 1 - ratio.log()).detach())
-        counts["behaviour_weight"] += float(weight)
-        counts["ratio_max"] = max(counts["ratio_max"], float(ratio.detach()))
-        counts["ratio_min"] = min(counts["ratio_min"], float(ratio.detach()))
-    return loss, counts
-
-
-def example(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    logprobs, old, behaviour = (-2 * torch.rand(3, tokens, generator=random, dtype=torch.float64)).unbind()
-    advantages = torch.randn(tokens, generator=random, dtype=torch.float64)
-    mask = torch.rand(tokens, generator=random) < 0.7
-    return logprobs, old, behaviour, advantages, mask
+from tests.kernels.policy_twin import example, slow
 
 
 def of_one_token(
@@ -209,7 +156,7 @@ def test_equals_the_slow_twin_with_weights_dual_clip_and_a_reference(
         reference_logprobs=-2 * reference,
         **options,
     )
-    expected, counts = slow(*arguments, 0.2, 0.2, correction, reference=-2 * reference, **options)
+    expected, counts = slow(*arguments, 0.2, 0.2, correction, reference_logprobs=-2 * reference, **options)
 
     assert float(loss.detach()) == pytest.approx(float(expected.detach()) / 2, rel=1e-12, abs=1e-12)
     for name, count in counts.items():

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -220,6 +222,35 @@ def test_torch_compile_traces_through_the_loss_from_logits(normaliser: float | T
         strict=True,
     ):
         assert torch.equal(actual, twin)
+
+
+def test_torch_compile_traces_through_a_group_of_processes(tmp_path: Path) -> None:
+    """Of one; `test_parallel.py` has more."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        targets, *data = operands()
+
+        def whole(logits: Tensor, group: dist.ProcessGroup | None = dist.group.WORLD) -> Tensor:
+            loss, _ = ppo_policy_loss_from_logits(
+                *(logits, targets, *data),
+                clip_ratio=0.2,
+                behaviour_correction=True,
+                normaliser=2.0,
+                entropy_coef=0.1,
+                group=group,
+            )
+            return loss + logprobs_from_logits(logits, targets, group=group).logprobs.sum()
+
+        logits = torch.randn(6, 7, requires_grad=True)
+        compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+        losses = [compiled(logits), whole(logits), whole(logits, None)]
+        gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(gradients[0], gradients[1])
+    torch.testing.assert_close(losses[1], losses[2])
+    torch.testing.assert_close(gradients[1], gradients[2])
 
 
 def test_torch_compile_traces_through_logprobs_and_their_loss() -> None:

@@ -254,6 +254,7 @@ def _elements_of_rows(settings: Mapping[str, int]) -> int:
 
 def _policy_shard(step: str, element: str) -> Configuration:
     size, writes = SIZES[element], step == "gradient"
+    loads = logprobs.LOADS_OF_GRADIENT if writes else logprobs.LOADS_OF_STATISTICS
     own = {"gradient_ptr": f"*{element}", "coefficients_ptr": "*fp32", "stride_gradient": "i64"}
     return Configuration(
         name=f"policy shard {step} {element}",
@@ -274,7 +275,7 @@ def _policy_shard(step: str, element: str) -> Configuration:
             "ALIGNED": True,
             **({"HAS_BONUS": True, "TOGETHER": True} if writes else {"WANT_ENTROPY": True}),
         },
-        settings=lambda device: policy_rows.launch_settings(size, device.warp_size),
+        settings=lambda device: logprobs.launch_settings(size, loads, device.warp_size),
         divisible=frozenset(
             {"stride_gradient", "stride_row", "vocab"} if writes else {"stride_row", "vocab"}
         ),

@@ -14,6 +14,8 @@ from torch.distributed import ProcessGroup
 
 from rlef_kernels._checks import accumulation_dtype
 from rlef_kernels._logprobs_triton import (
+    LOADS_OF_GRADIENT,
+    LOADS_OF_STATISTICS,
     LOWEST,
     LOWEST_OF_DOUBLES,
     VANISHED,
@@ -21,8 +23,9 @@ from rlef_kernels._logprobs_triton import (
     _write_gradient,
     _write_zeros,
     are_aligned,
+    settings_for,
 )
-from rlef_kernels._policy_rows_triton import LN_2, LOG2_E, _coefficients, _statistics, settings_for, tokens_of
+from rlef_kernels._policy_rows_triton import LN_2, LOG2_E, _coefficients, _statistics, tokens_of
 from rlef_kernels._policy_triton import (
     BLOCK,
     SUMS,
@@ -314,7 +317,7 @@ def shard_statistics(
             inverse_temperature,
             WANT_ENTROPY=want_entropy,
             ALIGNED=are_aligned(logits),
-            **settings_for(logits),
+            **settings_for(logits, LOADS_OF_STATISTICS),
         )
     return statistics
 
@@ -384,5 +387,5 @@ def shard_gradient(
             HAS_BONUS=has_bonus,
             ALIGNED=are_aligned(logits),
             TOGETHER=_lie_alike(logits, gradient),
-            **settings_for(logits),
+            **settings_for(logits, LOADS_OF_GRADIENT),
         )

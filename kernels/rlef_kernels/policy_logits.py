@@ -47,9 +47,10 @@ from rlef_kernels.policy_terms import (
     token_terms,
 )
 
-# How many logits a CPU works on at a time. They should stay in its last cache, and their number make what
-# torch does for each chunk of tokens count little.
+# How many logits a CPU works on at a time. They should stay in its last cache, and be so many that what torch
+# does for each chunk of tokens counts little. Those of the inner loop should stay in the cache of a core.
 CPU_CHUNK_ELEMENTS = 1 << 21
+CACHED_ELEMENTS = 1 << 18
 
 
 def ppo_policy_loss_from_logits(
@@ -242,10 +243,9 @@ def _of_rows(
 ) -> tuple[Tensor, Tensor]:
     """A few rows at a time: each logit is read once, and its exponential serves sums and gradient alike.
 
-    What is worked on lies in two spare chunks, or, where the types allow, in the gradient itself. In this
-    order each pass over a chunk finds it in the cache.
+    What is worked on lies in spare chunks, or, where the types allow, in the gradient itself.
     """
-    dtype, vocab, lowest = accumulation_dtype(logits), logits.shape[1], torch.finfo(torch.float32).min
+    dtype, vocab = accumulation_dtype(logits), logits.shape[1]
     elements = CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     step = max(1, min(elements // vocab, places.shape[0]))
     spare = logits.new_empty((2 if want_entropy else 1, step, vocab), dtype=dtype)
@@ -259,23 +259,12 @@ def _of_rows(
         are_adjacent = last - firsts[number] == size - 1
         where = slice(firsts[number], last + 1) if are_adjacent else places[part]
         chunk = logits[where]  # [chunk, vocab]
-        maximum = chunk.amax(dim=1).to(dtype).clamp_(min=lowest)
         chosen = chunk.gather(1, columns)[:, 0].to(dtype)
         is_direct = gradient is not None and are_adjacent and gradient.dtype == dtype
         exponentials = gradient[where] if gradient is not None and is_direct else spare[0, :size]
-        shifted = spare[1, :size] if want_entropy else exponentials
-        torch.sub(chunk, maximum[:, None], out=shifted)  # in nats
-        if temperature != 1:
-            shifted.mul_(1 / temperature)
-        torch.exp(shifted, out=exponentials)
-        total = exponentials.sum(dim=1)
-        mean = None
-        if want_entropy:
-            products = shifted.mul_(exponentials)
-            mean = products.sum(dim=1) / total
-            if not bool(mean.isfinite().all()):  # -inf * 0, which is to be 0, or a NaN, which stays one
-                products.masked_fill_(exponentials == 0, 0)
-                mean = products.sum(dim=1) / total
+        products = spare[1, :size] if want_entropy else None
+        maximum, total, weighted = _exponentials(chunk, temperature, exponentials, products)
+        mean = None if weighted is None else weighted / total
         logprobs = (chosen - maximum) / temperature - total.log()
         entropy = None if mean is None else total.log() - mean
         terms, slopes, for_entropy = token_terms(logprobs, entropy, data.at(part, dtype), settings)
@@ -285,7 +274,7 @@ def _of_rows(
         # d logprob = [target] - p; d entropy = -p (y - E y), where y is what the exponentials were taken of
         slopes = slopes * (scale / temperature)
         for_every = -slopes / total
-        if for_entropy is not None and mean is not None:
+        if for_entropy is not None and products is not None and mean is not None:
             for_entropy = for_entropy * (scale / temperature) / total
             for_every = for_every + for_entropy * mean
             exponentials.mul_(for_every[:, None]).sub_(products.mul_(for_entropy[:, None]))
@@ -296,6 +285,34 @@ def _of_rows(
             gradient[where] = exponentials.to(gradient.dtype)
     loss, metrics = reduced(torch.cat(all_terms, dim=1))
     return loss * scale, metrics
+
+
+def _exponentials(
+    chunk: Tensor,  # [chunk, vocab]
+    temperature: float,
+    exponentials: Tensor,  # [chunk, vocab] to be written: e^y, y = (logit - maximum) / temperature
+    products: Tensor | None,  # [chunk, vocab] to be written: y e^y
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Maximum, sum e^y and sum y e^y, `[chunk]`; each pass over a few rows finds them in the cache."""
+    dtype, (size, vocab) = exponentials.dtype, chunk.shape
+    maximum, total, weighted = exponentials.new_empty((3, size)).unbind()
+    step = max(1, (CACHED_ELEMENTS if chunk.device.type == "cpu" else chunk.numel()) // vocab)
+    for begin in range(0, size, step):
+        part = slice(begin, begin + step)
+        # Finite even where a whole row is -inf, so that no difference is inf - inf.
+        highest = chunk[part].amax(dim=1).to(dtype).clamp_(min=torch.finfo(torch.float32).min)
+        shifted = exponentials[part] if products is None else products[part]
+        torch.sub(chunk[part], highest[:, None], out=shifted)
+        if temperature != 1:
+            shifted.mul_(1 / temperature)
+        torch.exp(shifted, out=exponentials[part])
+        maximum[part], total[part] = highest, exponentials[part].sum(dim=1)
+        if products is None:
+            continue
+        weighted[part] = shifted.mul_(exponentials[part]).sum(dim=1)
+        if not bool(weighted[part].isfinite().all()):  # -inf * 0, which is to be 0, or a NaN, which stays one
+            weighted[part] = shifted.masked_fill_(exponentials[part] == 0, 0).sum(dim=1)
+    return maximum, total, None if products is None else weighted
 
 
 def _of_shard(

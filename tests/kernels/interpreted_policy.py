@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlef_kernels import (
     PolicyMetrics,
+    _logprobs_triton,
     _policy_rows_triton,
     _policy_shards_triton,
     _policy_triton,
@@ -41,6 +42,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 SHIPPED = (_policy_rows_triton.THREADS, _policy_rows_triton.LOADS)
+SHIPPED_THREADS_OF_SHARDS = _logprobs_triton.THREADS
 THREADS, LOADS, BLOCK = 16, 2, 4  # a tile is 256 logits of two bytes, 128 of four, 64 of eight
 SIZES = [1, 2, 7, 8, 15, 16, 17, 64, 65, 128, 129, 256, 257, 300]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -52,7 +54,8 @@ CLIP: dict[str, Any] = {"clip_ratio": (0.2, 0.2), "behaviour_correction": False,
 def _small_tiles_on_poisoned_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy_logits, "_triton_serves", lambda logits: True)
-        patch.setattr(_policy_rows_triton, "THREADS", THREADS)
+        for module in (_policy_rows_triton, _logprobs_triton):
+            patch.setattr(module, "THREADS", THREADS)
         patch.setattr(_policy_rows_triton, "LOADS", LOADS)
         patch.setattr(_policy_rows_triton, "SCALE_BLOCK", 64)
         for module in (_policy_triton, _policy_shards_triton):
@@ -67,6 +70,7 @@ def _small_tiles_on_poisoned_memory() -> Iterator[None]:
 def in_tiles_that_ship(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_policy_rows_triton, "THREADS", SHIPPED[0])
     patch.setattr(_policy_rows_triton, "LOADS", SHIPPED[1])
+    patch.setattr(_logprobs_triton, "THREADS", SHIPPED_THREADS_OF_SHARDS)
 
 
 def sample(tokens: int, vocab: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...]]:

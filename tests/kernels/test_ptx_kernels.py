@@ -16,7 +16,7 @@ if find_spec("triton") is None and os.environ.get("CI") != "true":
     pytest.skip("triton is not installed: pip install triton", allow_module_level=True)
 
 from bench.machine_code import Configuration
-from tests.kernels.ptx import trials_gae, trials_linear, trials_logprobs, trials_small
+from tests.kernels.ptx import trials_gae, trials_linear, trials_logprobs, trials_policy, trials_small
 from tests.kernels.ptx.deletions import needless, waits_of
 from tests.kernels.ptx.program import Program
 from tests.kernels.ptx.trial import CONFIGURATIONS, Trial, program_of
@@ -29,6 +29,7 @@ TRIALS: dict[str, Callable[[Configuration], list[Trial]]] = {
     "value": trials_small.value,
     "whitening": trials_small.whitening,
     "linear": trials_linear.linear,
+    "policy": trials_policy.policy,
 }
 
 

@@ -1,6 +1,5 @@
 """The Triton kernels of `segments` and `returns` in Triton's interpreter. Here they are the operators for CPU
-tensors, so that the tests of `test_segments` and `test_turn_returns` hold for them; then, what is theirs
-alone.
+tensors: the tests of `test_segments` and `test_turn_returns` hold for them too. Then, what is theirs alone.
 
 pytest does not collect this file by itself: `test_interpreted.py` runs it in a process of its own.
 """

@@ -1,5 +1,5 @@
-"""The Triton kernel of `value_loss` in Triton's interpreter. Here it is the operator for CPU tensors: the tests
-of `test_value_loss` hold for it too. Then, what is its alone.
+"""The Triton kernel of `value_loss` in Triton's interpreter. Here it is the operator for CPU tensors:
+the tests of `test_value_loss` hold for it too. Then, what is its alone.
 
 pytest does not collect this file by itself: `test_interpreted.py` runs it in a process of its own.
 """

@@ -83,6 +83,16 @@ def test_segments_that_the_tokens_do_not_have_are_nan_and_touch_nothing() -> Non
                 assert (found == found) == right[place]
 
 
+def test_offsets_beyond_32_bits_find_their_tokens() -> None:
+    """All but the last pages of this memory are never touched, and so never there."""
+    last = 2**31 + 20
+    values, mask = torch.empty(last, dtype=torch.float16), torch.empty(last, dtype=torch.bool)
+    values[-20:], mask[-20:] = 2, True
+    borders = torch.tensor([2**31, 2**31 + 9, last])
+    assert kernels.sum_in_triton(values, borders, mask).tolist() == [18.0, 22.0]
+    assert kernels.count_in_triton(borders, mask).tolist() == [9, 11]
+
+
 def test_tokens_of_no_segment_are_nan() -> None:
     expanded = segment_expand(torch.tensor([1.0]), torch.tensor([1, 3]), torch.ones(4).bool())
     assert expanded.isnan().tolist() == [True, False, False, True]

@@ -26,8 +26,7 @@ from tests.kernels.segments_twin import naive_counts, naive_expansion, naive_sum
 BLOCK = 8
 NAN = torch.nan
 
-settings.register_profile("interpreted", max_examples=10, deadline=None)
-settings.load_profile("interpreted")
+settings.load_profile("few")  # the interpreter is slow
 
 for _name, _kernel in {
     "segment_sum": kernels.sum_in_triton,

@@ -18,8 +18,7 @@ from tests.kernels import interpreter, test_whitening
 
 BLOCK = 8
 
-settings.register_profile("interpreted", max_examples=10, deadline=None)
-settings.load_profile("interpreted")
+settings.load_profile("few")  # the interpreter is slow
 
 kernels.parts_in_triton = partial(kernels.parts_in_triton, block=BLOCK)  # type: ignore[assignment]
 kernels.whitened_in_triton = partial(kernels.whitened_in_triton, block=BLOCK)  # type: ignore[assignment]

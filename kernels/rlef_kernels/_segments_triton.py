@@ -24,10 +24,16 @@ def _limits(cu_seqlens_ptr, tokens):
 
 
 @triton.jit
-def _chosen(mask_ptr, token, inside):
+def _inside(left, BLOCK: tl.constexpr):
+    """Which lanes are among the tokens that are left: 32 bits each, for 64 cost twice the instructions."""
+    return tl.arange(0, BLOCK) < tl.minimum(left, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def _chosen(mask_ptr, first, inside, BLOCK: tl.constexpr):
     """Which of the tokens inside the segment are inside the mask too."""
     if mask_ptr is not None:
-        inside &= tl.load(mask_ptr + token, mask=inside, other=0) != 0
+        inside &= tl.load(mask_ptr + first + tl.arange(0, BLOCK), mask=inside, other=0) != 0
     return inside
 
 
@@ -43,18 +49,19 @@ def sum_kernel(
     dtype = sums_ptr.dtype.element_ty
     begin, end, is_known = _limits(cu_seqlens_ptr, tokens)
     lanes = tl.arange(0, BLOCK)
-    totals = tl.zeros((BLOCK,), dtype)
+    totals = tl.zeros((BLOCK,), tl.int32 if values_ptr is None else dtype)
     first = begin
     for _ in tl.range(0, tl.cdiv(end - begin, BLOCK)):
-        token = first + lanes
-        first += BLOCK
-        chosen = _chosen(mask_ptr, token, token < end)
+        chosen = _chosen(mask_ptr, first, _inside(end - first, BLOCK), BLOCK)
         if values_ptr is None:
-            totals += chosen.to(dtype)
+            totals += chosen.to(tl.int32)
         else:
-            totals += tl.load(values_ptr + token, mask=chosen, other=0.0).to(dtype)
+            totals += tl.load(values_ptr + first + lanes, mask=chosen, other=0.0).to(dtype)
+        first += BLOCK
     unknown = tl.full((), -1 if values_ptr is None else float("nan"), dtype)
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64), tl.where(is_known, tl.sum(totals, 0), unknown))
+    tl.store(
+        sums_ptr + tl.program_id(0).to(tl.int64), tl.where(is_known, tl.sum(totals.to(dtype), 0), unknown)
+    )
 
 
 @triton.jit
@@ -72,10 +79,10 @@ def expand_kernel(
     lanes = tl.arange(0, BLOCK)
     first = begin
     for _ in tl.range(0, tl.cdiv(end - begin, BLOCK)):
-        token = first + lanes
+        inside = _inside(end - first, BLOCK)
+        chosen = _chosen(mask_ptr, first, inside, BLOCK)
+        tl.store(expanded_ptr + first + lanes, tl.where(chosen, number, zero), mask=inside)
         first += BLOCK
-        chosen = _chosen(mask_ptr, token, token < end)
-        tl.store(expanded_ptr + token, tl.where(chosen, number, zero), mask=token < end)
 
 
 @triton.jit
@@ -91,16 +98,17 @@ def running_sums_kernel(
     begin, end, _ = _limits(cu_seqlens_ptr, tokens)
     lanes = tl.arange(0, BLOCK)
     carried = tl.full((), 0.0, ACCUMULATE)
-    done = tl.full((), 0, tl.int64)
+    first = end - 1 if FROM_END else begin  # lane 0 is where the sum begins
+    left = end - begin
     for _ in tl.range(0, tl.cdiv(end - begin, BLOCK)):
-        step = done + lanes  # tokens from where the sum begins
-        done += BLOCK
-        token = end - 1 - step if FROM_END else begin + step
-        inside = step < end - begin
-        value = tl.load(values_ptr + token, mask=inside, other=0.0).to(ACCUMULATE)
+        inside = _inside(left, BLOCK)
+        steps = -lanes if FROM_END else lanes
+        value = tl.load(values_ptr + first + steps, mask=inside, other=0.0).to(ACCUMULATE)
         sums = tl.cumsum(value, 0) + carried
         carried = tl.sum(tl.where(lanes == BLOCK - 1, sums, 0.0), 0)
-        tl.store(sums_ptr + token, sums.to(sums_ptr.dtype.element_ty), mask=inside)
+        tl.store(sums_ptr + first + steps, sums.to(sums_ptr.dtype.element_ty), mask=inside)
+        first += -BLOCK if FROM_END else BLOCK
+        left -= BLOCK
 
 
 def sum_in_triton(

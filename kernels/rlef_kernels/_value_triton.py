@@ -88,4 +88,4 @@ def value_loss_in_triton(
                 BLOCK=block,
             )
     whole = sums.sum(1, dtype=torch.float64)  # [4] counts past 2^24 too
-    return (whole[0] / 2 / normaliser).to(dtype), gradient, whole[1:].to(dtype)
+    return (whole[0] / 2 / normaliser).to(dtype), gradient, whole[1:].to(dtype, copy=True)

@@ -46,7 +46,7 @@ def parts_kernel(
     value = _load_double(values_ptr, place, chosen)
     count = tl.sum(chosen.to(tl.int32), 0)
     total = tl.sum(value, 0)
-    centred = tl.where(chosen, value - total / tl.maximum(count, 1), 0.0)
+    centred = tl.where(chosen, value - total / count, 0.0)
     programs = tl.num_programs(0).to(tl.int64)
     parts_ptr += program
     tl.store(parts_ptr, count.to(tl.float64))

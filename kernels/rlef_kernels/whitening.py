@@ -129,29 +129,35 @@ def merged_moments(
     return torch.stack([mean, _summed_over(group_name, deviation) / count.clamp(min=1)])
 
 
-def _one_part(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """This process's count, total and squares, `[1]` float64 each."""
-    chosen = (values if mask is None else values[mask]).to(torch.float64)
-    count = torch.full((1,), chosen.shape[0], dtype=torch.float64, device=values.device)
+def _chosen(values: Tensor, mask: Tensor | None) -> Tensor:
+    return (values if mask is None else values[mask]).to(torch.float64)
+
+
+def _one_part(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Their count, total and squares, `[1]` float64 each."""
+    count = torch.full((1,), chosen.shape[0], dtype=torch.float64, device=chosen.device)
     total = chosen.sum().reshape(1)
     return count, total, (chosen - total / count.clamp(min=1)).square().sum().reshape(1)
 
 
 def _mean_in_torch(values: Tensor, mask: Tensor | None, group_name: str) -> Tensor:
-    count, total, _ = _one_part(values, mask)
+    count, total, _ = _one_part(_chosen(values, mask))
     return merged_mean(count, total, group_name)[0].clone()
 
 
 def _moments_in_torch(values: Tensor, mask: Tensor | None, group_name: str) -> Tensor:
-    return merged_moments(*_one_part(values, mask), group_name)
+    return merged_moments(*_one_part(_chosen(values, mask)), group_name)
 
 
 def _whiten_in_torch(values: Tensor, mask: Tensor | None, eps: float, group_name: str) -> Tensor:
-    mean, scale = _mean_and_scale(_moments_in_torch(values, mask, group_name), eps)
-    chosen = slice(None) if mask is None else mask
-    whitened = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    whitened[chosen] = ((values[chosen].to(torch.float64) - mean) * scale).to(values.dtype)
-    return whitened
+    chosen = _chosen(values, mask)
+    mean, scale = _mean_and_scale(merged_moments(*_one_part(chosen), group_name), eps)
+    whitened = ((chosen - mean) * scale).to(values.dtype)
+    if mask is None:
+        return whitened
+    spread = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    spread[mask] = whitened
+    return spread
 
 
 def _mean_and_scale(moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """The Triton kernels of `segments` and `returns` in Triton's interpreter. Here they are the operators for CPU
-tensors, so that the tests of `test_segments` and `test_turn_returns` hold for them; then, what is theirs
-alone.
+tensors: the tests of `test_segments` and `test_turn_returns` hold for them too. Then, what is theirs alone.
 
 pytest does not collect this file by itself: `test_interpreted.py` runs it in a process of its own.
 """
@@ -27,8 +26,7 @@ from tests.kernels.segments_twin import naive_counts, naive_expansion, naive_sum
 BLOCK = 8
 NAN = torch.nan
 
-settings.register_profile("interpreted", max_examples=10, deadline=None)
-settings.load_profile("interpreted")
+settings.load_profile("few")  # the interpreter is slow
 
 for _name, _kernel in {
     "segment_sum": kernels.sum_in_triton,
@@ -82,6 +80,16 @@ def test_segments_that_the_tokens_do_not_have_are_nan_and_touch_nothing() -> Non
             assert counts[place] == (2 if right[place] else -1)
             for found in (sums[place], means[place]):
                 assert (found == found) == right[place]
+
+
+def test_offsets_beyond_32_bits_find_their_tokens() -> None:
+    """All but the last pages of this memory are never touched, and so never there."""
+    last = 2**31 + 20
+    values, mask = torch.empty(last, dtype=torch.float16), torch.empty(last, dtype=torch.bool)
+    values[-20:], mask[-20:] = 2, True
+    borders = torch.tensor([2**31, 2**31 + 9, last])
+    assert kernels.sum_in_triton(values, borders, mask).tolist() == [18.0, 22.0]
+    assert kernels.count_in_triton(borders, mask).tolist() == [9, 11]
 
 
 def test_tokens_of_no_segment_are_nan() -> None:

@@ -1,11 +1,25 @@
+"""`interpreted_whitening.py` runs these tests a second time, with the Triton kernels."""
+
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlef_kernels import masked_mean, masked_variance, masked_whiten
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """Of this process alone; `test_parallel.py` has more."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 def test_three_numbers_by_hand() -> None:
@@ -40,6 +54,101 @@ def test_poison_outside_the_mask_reaches_nothing_and_becomes_zero() -> None:
 def test_a_large_offset_costs_no_precision() -> None:
     values = torch.tensor([1.0, 2.0, 3.0])
     torch.testing.assert_close(masked_whiten(values + 2**20), masked_whiten(values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@given(count=st.integers(1, 40), seed=st.integers(0, 2**32), offset=st.sampled_from([0.0, -1e4, 1e4]))
+def test_lower_precision_costs_only_the_last_rounding(
+    count: int, seed: int, offset: float, dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    values = (offset + torch.randn(count, generator=random)).to(dtype)
+    mask = torch.rand(count, generator=random) < 0.7
+    whitened, expected = masked_whiten(values, mask), masked_whiten(values.double(), mask)
+    assert whitened.dtype == dtype
+    torch.testing.assert_close(whitened.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    torch.testing.assert_close(masked_mean(values, mask), masked_mean(values.double(), mask))
+    torch.testing.assert_close(masked_variance(values, mask), masked_variance(values.double(), mask))
+
+
+def test_a_variance_of_1_around_10000_keeps_seven_digits_in_single_precision() -> None:
+    values = 1e4 + torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    exact = values.double()
+    expected = (exact - exact.mean()) / (exact.var(correction=0) + 1e-8).sqrt()
+    torch.testing.assert_close(masked_whiten(values).double(), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(masked_variance(values), exact.var(correction=0), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("written", [torch.nan, torch.inf])
+def test_a_number_inside_the_mask_that_is_none_is_reported_everywhere(written: float) -> None:
+    values, mask = torch.tensor([1.0, written, 2.0, 5.0]), torch.tensor([True, True, True, False])
+    assert masked_whiten(values, mask).isnan().tolist() == [True, True, True, False]
+    assert not masked_mean(values, mask).isfinite()
+    assert masked_variance(values, mask).isnan()
+
+
+def test_no_gradient_flows_and_inputs_stay_as_they_are() -> None:
+    values = torch.tensor([1.0, 3.0], requires_grad=True)
+    for result in (masked_whiten(values), masked_mean(values), masked_variance(values)):
+        assert not result.requires_grad
+    assert values.tolist() == [1.0, 3.0]
+
+
+def test_strided_values_are_whitened_as_others() -> None:
+    table = torch.tensor([[1.0, 9.0], [2.0, 9.0], [3.0, 9.0]])
+    assert torch.equal(masked_whiten(table[:, 0]), masked_whiten(torch.tensor([1.0, 2.0, 3.0])))
+
+
+def test_torch_compile_steps_over_all_without_a_break() -> None:
+    mask = torch.tensor([True, False, True, True])
+
+    def whole(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return masked_whiten(2 * values, mask) + 1, masked_mean(values) + masked_variance(values, mask)
+
+    values = torch.arange(4.0)
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(values), whole(values), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_torch_compile_steps_over_the_exchange_between_processes_too(group: dist.ProcessGroup) -> None:
+    def whole(values: torch.Tensor) -> torch.Tensor:
+        return masked_whiten(2 * values, group=group) + 1
+
+    values = torch.arange(4.0)
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(values), masked_whiten(2 * values) + 1)
+
+
+def test_processes_exchange_two_numbers_and_then_one(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def recorded(tensor: torch.Tensor, **settings: object) -> None:
+        sent.append(tensor.numel() * tensor.element_size())
+        all_reduce(tensor, **settings)
+
+    monkeypatch.setattr(dist, "all_reduce", recorded)
+    masked_whiten(torch.arange(40.0), group=group)
+    masked_mean(torch.arange(40.0), group=group)
+    assert sent == [16, 8, 16]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_operators_keep_what_their_schemas_promise(dtype: torch.dtype, masked: bool) -> None:
+    values, mask = torch.randn(5).to(dtype), torch.tensor([True, False, True, True, False])
+    operators = torch.ops.rlef_kernels
+    for operator, settings in (
+        (operators.masked_mean, ("",)),
+        (operators.masked_moments, ("",)),
+        (operators.masked_whiten, (1e-8, "")),
+    ):
+        operands = (values, mask if masked else None, *settings)
+        results = torch.library.opcheck(operator.default, operands)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("values", [[5.0], [5.0, 5.0], []])

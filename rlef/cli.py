@@ -124,13 +124,13 @@ def evaluate(config_file: Path, overrides: tuple[str, ...], output: Path | None)
 )
 @click.option(
     "--max-file-mb",
-    type=click.IntRange(min=1),
+    type=click.FloatRange(min=0, min_open=True),
     default=2000,
     show_default=True,
     help="A larger model is written as several files of at most this.",
 )
 @_errors_in_one_line
-def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, max_file_mb: int) -> None:
+def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, max_file_mb: float) -> None:
     """Write a run's policy as a Hugging Face folder."""
     from rlef.run_folder import RunFolder, read_run_config
 
@@ -139,7 +139,7 @@ def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, 
     folder = RunFolder(path=run_folder, checkpoint=checkpoint)
     status = run_processes(
         _export,
-        (config, folder, output, dtype, max_file_mb * 1000**2),
+        (config, folder, output, dtype, int(max_file_mb * 1000**2)),
         processes=config.parallel.processes,
         threads=config.parallel.threads_per_process,
     )

@@ -26,7 +26,7 @@ from rlef import megatron_cpu
 from rlef.attention import packed_attention
 from rlef.config import OptimizerConfig, ParallelConfig
 from rlef.losses import token_logprobs
-from rlef.ports import LossFunction, Networks, ParallelState, UpdateStats, combine_statistics
+from rlef.ports import LossFunction, Network, Networks, ParallelState, UpdateStats, combine_statistics
 from rlef.pretrained import Weights
 from rlef.records import Batch, ModelShape
 from rlef.shards import Head, check_layout, stage_weights
@@ -113,12 +113,19 @@ def build_networks(
         ConfigError: the model or the processes do not divide as `parallel` says, or `weights` are not those
             of a model of this shape.
     """
-    check_layout(shape, parallel, int(os.environ.get("WORLD_SIZE", "1")))
-    state = initialize(parallel)
-    policy = MegatronNetwork(shape, weights, head="logits", optimizer=optimizer, lr=optimizer.lr)
+    policy, state = build_policy(shape, weights, parallel=parallel, optimizer=optimizer)
     reference = MegatronNetwork(shape, weights, head="logits")
     value = MegatronNetwork(shape, weights, head="value", optimizer=optimizer, lr=optimizer.value_lr)
     return Networks(policy=policy, reference=reference, value=value, parallel=state)
+
+
+def build_policy(
+    shape: ModelShape, weights: Weights, *, parallel: ParallelConfig, optimizer: OptimizerConfig
+) -> tuple[Network, ParallelState]:
+    """The first of `build_networks` alone."""
+    check_layout(shape, parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    state = initialize(parallel)
+    return MegatronNetwork(shape, weights, head="logits", optimizer=optimizer, lr=optimizer.lr), state
 
 
 class MegatronNetwork:

@@ -14,7 +14,7 @@ from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError
 from rlef.evaluate import evaluate, summarise
 from rlef.families import read_config, read_shape, with_dtype
-from rlef.megatron_policy import build_networks, leave
+from rlef.megatron_policy import build_policy, leave
 from rlef.pretrained import StoredWeights, model_folder, read_pretrained, write_config, write_weights
 from rlef.prompts import Dialog
 from rlef.rollout import collect
@@ -74,14 +74,14 @@ def export_policy(config: Config, folder: RunFolder, output: Path, *, dtype: str
     """
     source = model_folder(config.model.path)
     shape, start = read_shape(source), StoredWeights(source)
-    networks = build_networks(shape, start, parallel=config.parallel, optimizer=config.optimizer)
-    store = CheckpointStore.of_run(folder.checkpoints, config, networks.parallel)
+    policy, state = build_policy(shape, start, parallel=config.parallel, optimizer=config.optimizer)
+    store = CheckpointStore.of_run(folder.checkpoints, config, state)
     checkpoint = store.load(folder.checkpoint) if folder.checkpoint else store.load_latest()
     if checkpoint is None:
         raise ConfigError(f"{folder.path} has no checkpoint yet; let the run save one first")
-    networks.policy.load_state_dict(checkpoint.rank_state["policy"])
-    named = networks.policy.named_weights()
-    if networks.parallel.rank == 0:
+    policy.load_state_dict(checkpoint.rank_state["policy"])
+    named = policy.named_weights()
+    if state.rank == 0:
         types = {
             name: stored.dtype if dtype == SOURCE else getattr(torch, dtype) for name, stored in start.items()
         }

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +102,25 @@ def test_files_are_bounded_and_hold_every_tensor_once(
     assert all(torch.equal(stored[name][:], tensor) for name, tensor in named.items())
 
 
+def test_a_writer_lets_a_file_go_before_it_fills_the_next(tmp_path: Path) -> None:
+    """Of nine tensors, three to a file, four are held at most: a file, and the one that opens the next."""
+    arrays: list[weakref.ref[Any]] = []
+    held = []
+
+    def named() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(9):
+            array = np.zeros(4, dtype=np.float32)
+            arrays.append(weakref.ref(array))
+            tensor = torch.from_numpy(array)
+            del array  # the tensor keeps it
+            held.append(sum(reference() is not None for reference in arrays))
+            yield str(number), tensor
+
+    write_weights(tmp_path, named(), max_file_bytes=3 * 16)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert max(held) == 4
+
+
 def test_the_index_says_what_that_of_transformers_says(folder: Path, tmp_path: Path) -> None:
     stored = StoredWeights(folder)
     write_weights(tmp_path, ((name, part[:]) for name, part in stored.items()), max_file_bytes=MAX_FILE_BYTES)
@@ -112,13 +135,13 @@ def test_the_index_says_what_that_of_transformers_says(folder: Path, tmp_path: P
 
 
 def test_a_writer_that_fails_leaves_no_file_that_looks_whole(tmp_path: Path) -> None:
-    def broken() -> object:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
         yield "first", torch.zeros(4)
         yield "second", torch.zeros(4)
         raise RuntimeError("a rank has died")
 
     with pytest.raises(RuntimeError, match="a rank has died"):
-        write_weights(tmp_path, broken(), max_file_bytes=16)  # type: ignore[arg-type]
+        write_weights(tmp_path, broken(), max_file_bytes=16)
     assert not list(tmp_path.glob("[!.]*"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlef.config import ConfigError, ParallelConfig
-from rlef.records import ModelShape
+from rlef.records import ModelShape, ModelType
 from rlef.shards import Cut, Head, check_layout, cut_shard, join_shards, stage_weights
 from rlef.torch_model import LlamaModel
 
@@ -29,6 +30,9 @@ SHAPE = ModelShape(
 )
 
 
+MODEL_TYPES: tuple[ModelType, ...] = get_args(ModelType)
+
+
 def rows(*numbers: int) -> torch.Tensor:
     """One row, of one column, for each number."""
     return torch.tensor(numbers)[:, None]
@@ -43,6 +47,11 @@ def test_query_key_and_value_interleave_by_group() -> None:
     assert second.flatten().tolist() == [3, 4, 20, 200]
 
 
+def test_query_key_and_value_biases_interleave_as_their_rows_do() -> None:
+    biases = [torch.tensor([1, 2, 3, 4]), torch.tensor([10, 20]), torch.tensor([100, 200])]
+    assert cut_shard(biases, Cut.QUERY_KEY_VALUE, SHAPE, rank=1, size=2).tolist() == [3, 4, 20, 200]
+
+
 def test_gate_and_up_rows_of_a_rank_match() -> None:
     gate, up = rows(1, 2, 3, 4), rows(10, 20, 30, 40)
     assert cut_shard([gate, up], Cut.GATE_UP, SHAPE, rank=1, size=2).flatten().tolist() == [3, 4, 30, 40]
@@ -54,12 +63,14 @@ def test_gate_and_up_rows_of_a_rank_match() -> None:
     queries=st.integers(1, 3),
     head_dim=st.integers(1, 3),
     head=st.sampled_from(["logits", "value"]),
+    model_type=st.sampled_from(MODEL_TYPES),
 )
 def test_joining_the_shards_gives_the_whole_back(
-    size: int, groups: int, queries: int, head_dim: int, head: Head
+    size: int, groups: int, queries: int, head_dim: int, head: Head, model_type: ModelType
 ) -> None:
     shape = replace(
         SHAPE,
+        model_type=model_type,
         num_key_value_heads=groups,
         num_attention_heads=groups * queries,
         head_dim=head_dim,
@@ -74,11 +85,38 @@ def test_joining_the_shards_gives_the_whole_back(
         )
 
 
+class Read:
+    """A tensor that counts what was read of it, as one in a file would be."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.shape = tensor.shape
+        self.elements = 0
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        part = self.tensor[index]  # type: ignore[index]
+        self.elements += part.numel()
+        return part
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_part_of_each_tensor_and_no_more(model_type: ModelType, rank: int) -> None:
+    for weight in stage_weights(replace(SHAPE, model_type=model_type), "logits", stage=0, stages=1):
+        whole = [Read(torch.randn(size)) for size in weight.shapes]
+        part = cut_shard(whole, weight.cut, SHAPE, rank=rank, size=2)
+        assert sum(tensor.elements for tensor in whole) == part.numel(), weight.parameter
+        assert part.numel() == weight.elements // (1 if weight.cut is Cut.REPLICATED else 2)
+
+
 @pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("head", ["logits", "value"])
-def test_the_stages_together_hold_each_weight_of_the_model_once(stages: int, tied: bool, head: Head) -> None:
-    shape = replace(SHAPE, tie_word_embeddings=tied)
+def test_the_stages_together_hold_each_weight_of_the_model_once(
+    stages: int, model_type: ModelType, tied: bool, head: Head
+) -> None:
+    shape = replace(SHAPE, model_type=model_type, tie_word_embeddings=tied)
     held = [
         (name, size)
         for stage in range(stages)

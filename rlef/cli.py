@@ -115,8 +115,22 @@ def evaluate(config_file: Path, overrides: tuple[str, ...], output: Path | None)
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="A checkpoint of the run; the newest if left out."
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["source", "float32", "bfloat16", "float16"]),
+    default="source",
+    show_default=True,
+    help="Type of the weights; source: that of the model that the run started from.",
+)
+@click.option(
+    "--max-file-mb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2000,
+    show_default=True,
+    help="A larger model is written as several files of at most this.",
+)
 @_errors_in_one_line
-def export(run_folder: Path, output: Path, checkpoint: Path | None) -> None:
+def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, max_file_mb: float) -> None:
     """Write a run's policy as a Hugging Face folder."""
     from rlef.run_folder import RunFolder, read_run_config
 
@@ -125,7 +139,7 @@ def export(run_folder: Path, output: Path, checkpoint: Path | None) -> None:
     folder = RunFolder(path=run_folder, checkpoint=checkpoint)
     status = run_processes(
         _export,
-        (config, folder, output),
+        (config, folder, output, dtype, int(max_file_mb * 1000**2)),
         processes=config.parallel.processes,
         threads=config.parallel.threads_per_process,
     )
@@ -247,13 +261,14 @@ def check_inputs(config: Config) -> None:
     A `ConfigError` says what to mend.
     """
     from rlef import problems
-    from rlef.pretrained import check_weights, model_folder, read_shape
+    from rlef.families import read_shape
+    from rlef.pretrained import StoredWeights, model_folder
     from rlef.prompts import Dialog
-    from rlef.weights import check_layout
+    from rlef.shards import check_layout, check_weights
 
     folder = model_folder(config.model.path)
     shape = read_shape(folder)
-    check_weights(folder)
+    check_weights(StoredWeights(folder), shape)
     check_layout(shape, config.parallel, config.parallel.processes)
     check_context(config, shape.max_position_embeddings)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
@@ -279,10 +294,12 @@ def _train(config: Config, folder: Any) -> int:
     return _with_status(lambda: run(config, folder))
 
 
-def _export(config: Config, folder: Any, output: Path) -> int:
+def _export(config: Config, folder: Any, output: Path, dtype: str, max_file_bytes: int) -> int:
     from rlef.standalone import export_policy
 
-    return _with_status(lambda: export_policy(config, folder, output))
+    return _with_status(
+        lambda: export_policy(config, folder, output, dtype=dtype, max_file_bytes=max_file_bytes)
+    )
 
 
 def _with_status(action: Callable[[], int]) -> int:

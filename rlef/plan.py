@@ -249,16 +249,18 @@ def loading_refusal(model: str) -> str | None:
 
     Of a name only its `config.json` is looked at, of a folder the weights' file too.
     """
-    from rlef.pretrained import check_weights, read_shape  # they import torch, which the rest does without
+    from rlef.families import read_shape  # these import torch, which the rest does without
+    from rlef.pretrained import StoredWeights
+    from rlef.shards import check_weights
 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made) if model in NAMED else Path(model)
         if model in NAMED:
             write_text(folder / "config.json", json.dumps(NAMED[model]))
         try:
-            read_shape(folder)
+            shape = read_shape(folder)
             if model not in NAMED:
-                check_weights(folder)
+                check_weights(StoredWeights(folder), shape)
         except ConfigError as error:
             return str(error).replace(str(folder), model)
     return None

@@ -2,7 +2,7 @@
 and bytes of a token.
 
 Nothing here loads weights or imports torch, so that a plan can be made on a machine that could not run it.
-The parameters of a rank follow the same cuts as `weights.stage_weights`; a test holds the two together.
+The parameters of a rank follow the same cuts as `shards.stage_weights`; a test holds the two together.
 """
 
 from __future__ import annotations

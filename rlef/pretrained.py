@@ -1,14 +1,17 @@
-"""Hugging Face model folders: `config.json`, `model.safetensors`, and the tokenizer, which this file leaves
-alone."""
+"""Hugging Face model folders: the weights, in one safetensors file or in several with an index.
+
+Weights are read slice by slice and written file by file, so that nobody holds more of a model than he needs.
+`families` reads the `config.json` beside them; the tokenizer is left alone.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,13 +19,96 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlef.config import ConfigError
-from rlef.files import replacing, write_text
+from rlef.families import config_of, read_shape
+from rlef.files import replacing, sync, write_text
 from rlef.records import ModelShape
 
 EMBEDDED = "embedded"
-_ARCHITECTURE = "LlamaForCausalLM"
-# Variants of the architecture that the model would silently compute as something else.
-_ONLY = {"rope_type": "default", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+MAX_FILE_BYTES = 2 * 1000**3
+"""A model of more than this is written as several files; a writer holds one of them in memory."""
+
+_ONE_FILE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Files from the days of Llama 2 hold the rotary frequencies, which follow from the shape.
+_DERIVED = ".rotary_emb.inv_freq"
+
+
+class Sliceable(Protocol):
+    """A tensor, or one in a file, of which only what is asked for is read."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, index: Any, /) -> Tensor: ...
+
+
+Weights = Mapping[str, Sliceable]
+"""Whole weights under their Hugging Face names, in memory or in files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor of a safetensors file. What a slice gives has the type in which it is stored."""
+
+    file: Path
+    name: str
+    shape: torch.Size
+    stored_as: str  # the word of safetensors for its type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Raises `ConfigError` where the type is not that of plain weights."""
+        if self.stored_as not in _DTYPES:
+            raise ConfigError(
+                f"model.path: {self.file} holds {self.name} as {self.stored_as}; only {', '.join(_DTYPES)} "
+                "are read: name a model that is not quantised"
+            )
+        return _DTYPES[self.stored_as]
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        # The file is mapped anew each time: its pages count as this process's memory until it is closed, and
+        # they would add up to the model.
+        with safe_open(self.file, framework="pt") as weights:
+            part: Tensor = weights.get_slice(self.name)[index]
+            return part
+
+
+class StoredWeights(Mapping[str, StoredTensor]):
+    """The weights of a model folder under their Hugging Face names, none of which is read before it is
+    sliced."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers of all files.
+
+        Raises:
+            ConfigError: a file is missing or truncated, or is not what the index says.
+        """
+        self._tensors: dict[str, StoredTensor] = {}
+        for file, names in _files(folder).items():
+            held = _read_header(file)
+            for name in names if names is not None else held:
+                if name not in held:
+                    raise ConfigError(
+                        f"model.path: {file} lacks {name}, which {_INDEX} says it holds; copy both again"
+                    )
+                if not name.endswith(_DERIVED):
+                    self._tensors[name] = held[name]
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of them, whole and in float32, one after the other."""
+        for name, stored in self._tensors.items():
+            assert stored.dtype in _DTYPES.values()
+            yield name, stored[:].float()
 
 
 def model_folder(path: str) -> Path:
@@ -32,84 +118,60 @@ def model_folder(path: str) -> Path:
     return Path(path)
 
 
-def read_shape(folder: Path) -> ModelShape:
-    """The shape in `config.json`; a `ConfigError` names the file and what is wrong with it."""
-    file = folder / "config.json"
-    config = _read_config(file)
-    try:
-        heads = config["num_attention_heads"]
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        shape = ModelShape(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=config.get("num_key_value_heads", heads),
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            max_position_embeddings=config["max_position_embeddings"],
-            rope_theta=float(config.get("rope_theta", rope.get("rope_theta", 10000.0))),
-            rms_norm_eps=config["rms_norm_eps"],
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise ConfigError(f"model.path: {file} lacks {error}; copy it again") from None
-    found = {
-        "rope_type": rope.get("rope_type", rope.get("type", "default")),
-        "hidden_act": config.get("hidden_act", "silu"),
-        "attention_bias": config.get("attention_bias", False),
-        "mlp_bias": config.get("mlp_bias", False),
-    }
-    for name, value in found.items():
-        if value != _ONLY[name]:
-            raise ConfigError(
-                f"model.path: {file} has {name} = {value!r}; only {_ONLY[name]!r} is implemented"
-            )
-    return shape
-
-
 def read_pretrained(folder: Path) -> tuple[ModelShape, dict[str, Tensor]]:
-    """The shape and the float32 weights of a model folder, under their Hugging Face names."""
+    """The shape and the float32 weights of a model folder, all in memory, under their Hugging Face names."""
     shape = read_shape(folder)
-    with _open_weights(folder) as weights:
-        return shape, {name: weights.get_tensor(name).float() for name in weights.keys()}  # noqa: SIM118
+    return shape, dict(StoredWeights(folder).tensors())
 
 
-def check_weights(folder: Path) -> None:
-    """Refuse a missing or truncated weights file without reading the weights."""
-    with _open_weights(folder):
-        pass
-
-
-def _open_weights(folder: Path) -> safe_open:
-    file = folder / "model.safetensors"
+def _files(folder: Path) -> dict[Path, list[str] | None]:
+    """The files of a model folder, and which tensors each is to hold; None where no index says so."""
+    index = folder / _INDEX
+    if (folder / _ONE_FILE).exists():  # transformers, too, looks for it first
+        return {folder / _ONE_FILE: None}
     try:
-        return safe_open(file, framework="pt")
+        content = json.loads(index.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"model.path: {folder} has no model.safetensors; name a Hugging Face model folder"
-        ) from None
-    except SafetensorError as error:
-        raise ConfigError(f"model.path: {file} cannot be read ({error}); copy it again") from None
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"model.path: {file.parent} has no config.json; name a Hugging Face model folder"
+            f"model.path: {folder} has no {_ONE_FILE} and no {_INDEX}; name a Hugging Face model folder"
         ) from None
     except ValueError as error:
-        raise ConfigError(f"model.path: {file} is not JSON ({error}); copy it again") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"model.path: {file} does not hold a JSON object; copy it again")
-    if config.get("architectures") != [_ARCHITECTURE]:
+        raise ConfigError(f"model.path: {index} is not JSON ({error}); copy it again") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"model.path: {index} has no weight_map; copy it again")
+    files: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or Path(file).name != file:
+            raise ConfigError(
+                f"model.path: {index} looks for {name} in {file!r}, which is no file of the folder; "
+                "copy it again"
+            )
+        names = files.setdefault(folder / file, [])
+        assert names is not None
+        names.append(name)
+    return files
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return {
+                name: StoredTensor(
+                    file=file,
+                    name=name,
+                    shape=torch.Size(part.get_shape()),
+                    stored_as=part.get_dtype(),
+                )
+                for name, part in slices.items()
+            }
+    except FileNotFoundError:
         raise ConfigError(
-            f"model.path: {file} says architectures = {config.get('architectures')}; "
-            f"only {_ARCHITECTURE} is read"
-        )
-    return config
+            f"model.path: {file} is missing, but {_INDEX} names it; copy the folder again"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model.path: {file} cannot be read ({error}); copy it again") from None
 
 
 def write_pretrained(
@@ -121,42 +183,65 @@ def write_pretrained(
     pad_token_id: int,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write `config.json` and `model.safetensors`; each is whole or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": [_ARCHITECTURE],
-        "model_type": "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
-        "rms_norm_eps": shape.rms_norm_eps,
-        "tie_word_embeddings": shape.tie_word_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": end_token_id,
-        "pad_token_id": pad_token_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    contiguous = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    """Write a model folder without a tokenizer, `config.json` last."""
+    config = config_of(shape, end_token_id=end_token_id, pad_token_id=pad_token_id, dtype=dtype)
+    write_weights(folder, ((name, tensor.to(dtype)) for name, tensor in weights.items()))
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json`. It makes a folder a model, so it comes when all else is there."""
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    with replacing(folder / "model.safetensors") as writing:
-        save_file(contiguous, writing, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", writing)  # safetensors closes it to everyone else
 
 
-def read_token_ids(folder: Path) -> tuple[int, int]:
-    """The end-of-text and the padding token of `config.json`; without a padding token, the former serves."""
-    config = json.loads((folder / "config.json").read_text())
-    end = config["eos_token_id"]
-    end = end[0] if isinstance(end, list) else end
-    pad = config.get("pad_token_id")
-    return end, end if pad is None else pad
+def write_weights(
+    folder: Path, named: Iterable[tuple[str, Tensor]], *, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """Write weights in the types that they have, as files of at most `max_file_bytes` and an index.
+
+    Holds one file's tensors at a time. A tensor that is larger has a file to itself. One file has no index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[dict[str, int]] = []  # of each file, the bytes of its tensors
+    for tensors in _by_file(named, max_file_bytes):
+        file = _unnumbered(folder, len(written))
+        with replacing(file) as writing:
+            writing.touch()
+            mode = writing.stat().st_mode
+            save_file(tensors, writing, metadata={"format": "pt"})
+            writing.chmod(mode)  # safetensors closes it to everyone else
+        written.append({name: tensor.nbytes for name, tensor in tensors.items()})
+    # How many there are is part of their names, and known only now.
+    count = len(written)
+    names = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    names = [_ONE_FILE] if count == 1 else names
+    for number, name in enumerate(names):
+        _unnumbered(folder, number).rename(folder / name)
+    sync(folder)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": sum(sum(sizes.values()) for sizes in written)},
+            "weight_map": {
+                tensor: name for name, sizes in zip(names, written, strict=True) for tensor in sizes
+            },
+        }
+        write_text(folder / _INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def _unnumbered(folder: Path, number: int) -> Path:
+    return folder / f".model-{number + 1:05d}.safetensors"
+
+
+def _by_file(named: Iterable[tuple[str, Tensor]], max_file_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors of one file after the other, in a dictionary that is emptied before it is filled again."""
+    tensors: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in named:
+        if tensors and held + tensor.nbytes > max_file_bytes:
+            yield tensors
+            tensors.clear()
+            held = 0
+        tensors[name] = tensor.detach().to("cpu").contiguous()
+        held += tensor.nbytes
+    if tensors:
+        yield tensors

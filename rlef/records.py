@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -124,21 +125,50 @@ class Batch:
         return Batch(**{name: getattr(self, name).to(device) for name in self.__slots__})
 
 
+ModelType = Literal["llama", "qwen2", "qwen3"]
+"""The families of decoders that are implemented, under their names in `config.json`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies stretched for long contexts, as Llama 3.1 has them ("llama3" in `config.json`).
+
+    Wavelengths beyond `original_max_position_embeddings / low_freq_factor` grow by `factor`, those below
+    `original_max_position_embeddings / high_freq_factor` stay, and between the two it goes smoothly.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The shape of a Llama decoder, under the names of its Hugging Face `config.json`."""
+    """The shape of a decoder, under the names of its Hugging Face `config.json`."""
 
+    model_type: ModelType = "llama"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int
+    head_dim: int  # need not be hidden_size / num_attention_heads
     max_position_embeddings: int
     rope_theta: float
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float
     tie_word_embeddings: bool
+
+    @property
+    def query_key_value_bias(self) -> bool:
+        return self.model_type == "qwen2"
+
+    @property
+    def query_key_norm(self) -> bool:
+        """Whether each head's query and key pass through a norm before they are rotated."""
+        return self.model_type == "qwen3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

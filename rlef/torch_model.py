@@ -1,11 +1,13 @@
-"""A Llama decoder in plain torch: the twin that Megatron's numbers are tested against, and what `rlef
-pretrain` trains.
+"""The decoder in plain torch: the twin that Megatron's numbers are tested against, and what `rlef pretrain`
+trains.
 
-Parameter names are those of the Hugging Face checkpoint, so the state dict of a language model *is* the
-checkpoint.
+It is a Llama. Qwen2 adds biases to query, key and value, Qwen3 a norm of each head's query and key. Parameter
+names are those of the Hugging Face checkpoint, so the state dict of a language model *is* the checkpoint.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,25 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine for positions 0 to length - 1, each `[length, head_dim]`, halves repeated as Llama has
     them."""
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), shape.rope_theta**-exponents)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), rotary_frequencies(shape))
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_frequencies(shape: ModelShape) -> Tensor:
+    """Radians per position of each pair of channels, `[head_dim / 2]` float32.
+
+    Scaled as in Llama 3.1 where the shape says so; `RopeScaling` has the rule.
+    """
+    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    frequencies = shape.rope_theta**-exponents
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)  # 0: divided by the factor, 1: as it was
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -38,16 +55,22 @@ class Attention(nn.Module):
         self.shape = shape
         width = shape.num_attention_heads * shape.head_dim
         key_value_width = shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, key_value_width, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, key_value_width, bias=False)
+        bias = shape.query_key_value_bias
+        self.q_proj = nn.Linear(shape.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(shape.hidden_size, key_value_width, bias=bias)
+        self.v_proj = nn.Linear(shape.hidden_size, key_value_width, bias=bias)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
+        if shape.query_key_norm:
+            self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_norm_eps)
 
     def forward(self, hidden: Tensor, cosine: Tensor, sine: Tensor, cu_seqlens: Tensor) -> Tensor:
         head_dim = self.shape.head_dim
         query = self.q_proj(hidden).unflatten(-1, (-1, head_dim))  # [tokens, heads, head_dim]
         key = self.k_proj(hidden).unflatten(-1, (-1, head_dim))  # [tokens, key_value_heads, head_dim]
         value = self.v_proj(hidden).unflatten(-1, (-1, head_dim))
+        if self.shape.query_key_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         attended = packed_attention(query, key, value, cu_seqlens)  # [tokens, heads, head_dim]
         output: Tensor = self.o_proj(attended.flatten(-2))
@@ -142,10 +165,13 @@ class LlamaModel(nn.Module):
 
 
 def initialise(model: LlamaModel, *, seed: int) -> None:
-    """Normal(0, 0.02) matrices, residual outputs scaled down by the depth, from a seed."""
+    """Normal(0, 0.02) matrices, residual outputs scaled down by the depth, from a seed. Biases start at
+    zero."""
     generator = torch.Generator().manual_seed(seed)
     residual_std = 0.02 / (2 * model.shape.num_hidden_layers) ** 0.5
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and name != "value_head.weight":
             std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             nn.init.normal_(parameter, std=std, generator=generator)
+        elif name.endswith(".bias"):
+            nn.init.zeros_(parameter)

@@ -81,6 +81,9 @@ class _Row:
 class _LayerWeights:
     input_norm: Tensor  # [hidden]
     query_key_value: Tensor  # [(heads + 2 key_value_heads) * head_dim, hidden]
+    query_key_value_bias: Tensor | None  # [(heads + 2 key_value_heads) * head_dim], of Qwen2
+    query_norm: Tensor | None  # [head_dim], of Qwen3
+    key_norm: Tensor | None  # [head_dim], of Qwen3
     attention_output: Tensor  # [hidden, heads * head_dim]
     feed_forward_norm: Tensor  # [hidden]
     gate_up: Tensor  # [2 * intermediate, hidden]
@@ -88,7 +91,7 @@ class _LayerWeights:
 
 
 class TorchSampler:
-    """`ports.StreamingSampler` for a Llama of any size that fits in this process's memory."""
+    """`ports.StreamingSampler` for a model of any size that fits in this process's memory."""
 
     def __init__(
         self, shape: ModelShape, *, end_token_id: int, slots: int, device: torch.device | None = None
@@ -109,25 +112,33 @@ class TorchSampler:
         self._cosine, self._sine = cosine.to(self._device), sine.to(self._device)
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        shape = self._shape
         weights = {name: tensor.detach().to(self._device) for name, tensor in named_weights}
 
         def layer(index: int) -> _LayerWeights:
-            prefix = f"model.layers.{index}."
-            projections = [weights[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv"]
-            gate_up = [weights[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+            def copied(*names: str) -> Tensor:
+                """These weights of the layer, one below the other."""
+                return torch.cat([weights[f"model.layers.{index}.{name}"] for name in names])
+
+            biased, normed = shape.query_key_value_bias, shape.query_key_norm
             return _LayerWeights(
-                input_norm=weights[prefix + "input_layernorm.weight"].clone(),
-                query_key_value=torch.cat(projections),
-                attention_output=weights[prefix + "self_attn.o_proj.weight"].clone(),
-                feed_forward_norm=weights[prefix + "post_attention_layernorm.weight"].clone(),
-                gate_up=torch.cat(gate_up),
-                down=weights[prefix + "mlp.down_proj.weight"].clone(),
+                input_norm=copied("input_layernorm.weight"),
+                query_key_value=copied(*(f"self_attn.{name}_proj.weight" for name in "qkv")),
+                query_key_value_bias=(
+                    copied(*(f"self_attn.{name}_proj.bias" for name in "qkv")) if biased else None
+                ),
+                query_norm=copied("self_attn.q_norm.weight") if normed else None,
+                key_norm=copied("self_attn.k_norm.weight") if normed else None,
+                attention_output=copied("self_attn.o_proj.weight"),
+                feed_forward_norm=copied("post_attention_layernorm.weight"),
+                gate_up=copied("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+                down=copied("mlp.down_proj.weight"),
             )
 
-        self._layers = [layer(index) for index in range(self._shape.num_hidden_layers)]
+        self._layers = [layer(index) for index in range(shape.num_hidden_layers)]
         self._embedding = weights["model.embed_tokens.weight"].clone()  # [vocab, hidden]
         self._final_norm = weights["model.norm.weight"].clone()
-        tied = self._shape.tie_word_embeddings
+        tied = shape.tie_word_embeddings
         self._output = self._embedding if tied else weights["lm_head.weight"].clone()  # [vocab, hidden]
         self._version = version
 
@@ -229,12 +240,15 @@ class TorchSampler:
             keys, values = all_keys[first_row : first_row + rows], all_values[first_row : first_row + rows]
             normed = functional.rms_norm(hidden, (shape.hidden_size,), weights.input_norm, shape.rms_norm_eps)
             mixed = (
-                functional.linear(normed, weights.query_key_value)
+                functional.linear(normed, weights.query_key_value, weights.query_key_value_bias)
                 .view(rows, length, -1, head_dim)
                 .transpose(1, 2)
             )
             # [rows, heads, length, head_dim], and twice [rows, groups, length, head_dim]
             query, key, value = torch.split(mixed, [heads, groups, groups], dim=1)
+            if weights.query_norm is not None:
+                query = functional.rms_norm(query, (head_dim,), weights.query_norm, shape.rms_norm_eps)
+                key = functional.rms_norm(key, (head_dim,), weights.key_norm, shape.rms_norm_eps)
             query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
             keys.scatter_(2, target, key)
             values.scatter_(2, target, value)

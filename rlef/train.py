@@ -27,10 +27,11 @@ from rlef.evaluate import (
     summarise,
     write_summary,
 )
+from rlef.families import read_shape
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks, initialize, leave
 from rlef.ports import Networks, SamplingParams
-from rlef.pretrained import model_folder, read_pretrained
+from rlef.pretrained import StoredWeights, model_folder
 from rlef.problems import Cursor
 from rlef.prompts import Dialog
 from rlef.records import Episode, Problem, StepStats
@@ -100,9 +101,10 @@ class Run:
         self._config = config
         self._folder = folder
         self._started = time.monotonic()
-        shape, weights = read_pretrained(model_folder(config.model.path))
+        model = model_folder(config.model.path)
+        shape, weights = read_shape(model), StoredWeights(model)
         check_context(config, shape.max_position_embeddings)
-        self.dialog = Dialog.read(model_folder(config.model.path), config.rollout)
+        self.dialog = Dialog.read(model, config.rollout)
         self.networks: Networks = build_networks(
             shape, weights, parallel=config.parallel, optimizer=config.optimizer
         )
@@ -113,7 +115,7 @@ class Run:
             slots=config.rollout.slots,
             device=self.networks.parallel.device,
         )
-        self.sampler.push(weights.items(), version=0)
+        self.sampler.push(weights.tensors(), version=0)
         self.learner = Learner(self.networks, ppo=config.ppo, rewards=config.rewards)
         self._problems = sources.load(config, "train")
         self._origin = 0  # where in them step 0 began

@@ -13,7 +13,7 @@ from rlef.config import OptimizerConfig, PPOConfig
 from rlef.losses import policy_loss, value_loss
 from rlef.packing import pack
 from rlef.ports import LossFunction
-from rlef.records import Batch, ModelShape
+from rlef.records import Batch, ModelShape, RopeScaling
 from rlef.torch_model import LlamaModel
 from rlef.torch_policy import TorchNetwork
 from tests.ppo_examples import episode, log_uniform, noise
@@ -31,7 +31,13 @@ UNTIED = ModelShape(
     rms_norm_eps=1e-5,
     tie_word_embeddings=False,
 )
+# With theta 100 and three pairs of channels, wavelengths are 6.3, 29 and 135: kept, in between, divided.
+SCALING = RopeScaling(
+    factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 TIED = replace(UNTIED, tie_word_embeddings=True)
+QWEN2 = replace(TIED, model_type="qwen2")
+QWEN3 = replace(UNTIED, model_type="qwen3", rope_scaling=SCALING)
 
 # With so large an epsilon AdamW moves a weight by about its gradient, so that weights compare as gradients
 # do, to rounding. With a small one it moves by the sign of what may be rounding alone.
@@ -39,11 +45,11 @@ SMOOTH = OptimizerConfig(lr=1.0, value_lr=1.0, eps=1.0, warmup_updates=2, clip_g
 
 
 def random_weights(shape: ModelShape, *, seed: int = 0) -> dict[str, Tensor]:
-    """Whole weights under Hugging Face names; norms away from 1, a value head away from 0."""
+    """Whole weights under Hugging Face names; norms away from 1, biases and a value head from 0."""
     models = [LlamaModel(shape), LlamaModel(shape, head="value")]
     names = {name: tensor.shape for model in models for name, tensor in model.state_dict().items()}
     return {
-        name: noise(*size, seed=seed + number) * 0.3 + (1.0 if len(size) == 1 else 0.0)
+        name: noise(*size, seed=seed + number) * 0.3 + (1.0 if "norm" in name else 0.0)
         for number, (name, size) in enumerate(sorted(names.items()))
     }
 

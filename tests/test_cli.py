@@ -110,11 +110,15 @@ BAD_INPUT = {
     ),
     "another architecture": (
         model_with_config(architectures=["GPT2LMHeadModel"]),
-        "says architectures = ['GPT2LMHeadModel']; only LlamaForCausalLM is read",
+        "; only LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM are read",
     ),
-    "scaled rotary embedding": (
-        model_with_config(rope_scaling={"rope_type": "llama3", "factor": 8.0}, rope_parameters=None),
-        "has rope_type = 'llama3'; only 'default' is implemented",
+    "another rotary embedding": (
+        model_with_config(rope_scaling={"rope_type": "yarn", "factor": 8.0}, rope_parameters=None),
+        "has rope_type = 'yarn'; only 'default' and 'llama3' are implemented",
+    ),
+    "weights of another shape": (
+        model_with_config(intermediate_size=64),
+        "mlp.gate_proj.weight has shape [48, 32], but config.json makes it [64, 32]; copy both again",
     ),
     "no weights": (model_without("model.safetensors"), "has no model.safetensors"),
     "half the weights": (model_with_half_of("model.safetensors"), "model.safetensors cannot be read ("),

@@ -17,10 +17,21 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"config", "files", "records"}),
     frozenset({"ports"}),
     frozenset(
-        {"advantages", "losses", "packing", "plan_cluster", "plan_model", "prompts", "rewards", "solve_rate"}
+        {
+            "advantages",
+            "families",
+            "losses",
+            "packing",
+            "plan_cluster",
+            "plan_model",
+            "prompts",
+            "rewards",
+            "solve_rate",
+        }
     ),
     frozenset({"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}),
-    frozenset({"checkpoint", "plan_memory", "problems", "telemetry", "torch_model", "weights"}),
+    frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model"}),
+    frozenset({"weights"}),
     frozenset(
         {
             "learner",

@@ -14,6 +14,8 @@ import torch
 from rlef.config import ParallelConfig
 from tests.distributed import run_ranks
 from tests.megatron_examples import (
+    QWEN2,
+    QWEN3,
     SMOOTH,
     TIED,
     UNTIED,
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.multiprocess
 RANKS = 4
 TOLERANCE = 1e-5
 LAYOUTS = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2)}  # tensor x pipeline; the rest is data
-SHAPES = {"untied": UNTIED, "tied": TIED}
+SHAPES = {"untied": UNTIED, "tied": TIED, "qwen2": QWEN2, "qwen3": QWEN3}
 UPDATES = 2
 
 
@@ -146,12 +148,17 @@ def test_every_layout_updates_like_the_torch_twin(
 def test_every_layout_moves_every_weight_like_the_torch_twin(
     records: list[dict[str, Any]], twin: dict[str, Any]
 ) -> None:
-    """The optimiser is so smooth that weights move by their gradients: this compares gradients too."""
+    """The optimiser is so smooth that weights move by their gradients: this compares gradients too.
+
+    What a weight keeps of its move is rounded to the weight's last bit.
+    """
+    last_bit = torch.finfo(torch.float32).eps
     for record in records:
         assert record["weights"].keys() == twin["weights"].keys()
         for name, expected in twin["weights"].items():
             start = twin["loaded"][name]
-            assert relative_error(record["weights"][name] - start, expected - start) < TOLERANCE, name
+            allowed = TOLERANCE * (expected - start).abs().max() + last_bit * expected.abs().max()
+            assert (record["weights"][name] - expected).abs().max() < allowed, name
 
 
 def test_exported_weights_are_those_that_were_loaded_bit_for_bit(

@@ -306,7 +306,10 @@ def test_build_networks_refuses_a_layout_before_it_builds() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.norm.weight": None}, r"the weights lack model\.norm\.weight; load a whole Llama checkpoint"),
+        (
+            {"model.norm.weight": None},
+            r"the weights lack model\.norm\.weight; name a whole model of the shape",
+        ),
         (
             {"model.norm.weight": torch.ones(4)},
             r"model\.norm\.weight has shape \[4\], but config\.json makes it \[16\]",
@@ -315,5 +318,5 @@ def test_build_networks_refuses_a_layout_before_it_builds() -> None:
 )
 def test_weights_that_do_not_fit_are_named(change: dict[str, Tensor | None], message: str) -> None:
     weights = {name: tensor for name, tensor in (WEIGHTS | change).items() if tensor is not None}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         MegatronNetwork(UNTIED, weights, head="logits")

@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from rlef.cli import main
 from rlef.config import Config, ConfigError, ParallelConfig, load_config
+from rlef.families import read_shape
 from rlef.megatron_policy import MegatronNetwork, initialize, leave
 from rlef.plan import (
     EVERYTHING,
@@ -34,8 +34,8 @@ from rlef.plan_cluster import GPUS, Assumptions, Cluster
 from rlef.plan_memory import Layout
 from rlef.plan_model import NAMED, read_model
 from rlef.plan_time import Workload, workload_of
-from rlef.pretrained import model_folder, read_shape
-from rlef.weights import check_layout
+from rlef.pretrained import model_folder
+from rlef.shards import check_layout
 from tests.megatron_examples import SMOOTH, UNTIED, random_weights
 from tests.test_plan_model import shapes, size_of
 
@@ -198,10 +198,14 @@ def test_the_command_shows_the_layouts_the_parts_and_what_to_launch() -> None:
     assert f'"$HEAD:29500" -m rlef train {TINY} run.seed=2 parallel.tensor=1 ' in command
 
 
-def test_a_model_that_the_trainer_cannot_load_gets_a_plan_and_the_reason_but_no_command() -> None:
-    if (reason := loading_refusal("llama-3.1-8b")) is None:
-        pytest.skip("the trainer loads it")
-    result = rlef("--model", "llama-3.1-8b", "--gpu", "H100", "--nodes", "2")
+def test_a_model_that_the_trainer_cannot_load_gets_a_plan_and_the_reason_but_no_command(
+    tmp_path: Path,
+) -> None:
+    config = NAMED["llama-3.1-8b"] | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    reason = loading_refusal(str(tmp_path))
+    assert reason is not None
+    result = rlef("--model", str(tmp_path), "--gpu", "H100", "--nodes", "2")
     assert "8,030,261,248 parameters" in result.stdout
     assert f"The trainer cannot load this model today: {reason}" in result.stdout
     assert "torchrun" not in result.stdout
@@ -213,12 +217,9 @@ def test_nothing_that_fits_is_said_with_what_would_help() -> None:
     assert "Nothing fits: take more GPUs" in result.stdout
 
 
-def test_a_model_too_large_for_what_runs_today_is_told_what_its_best_layout_needs(tmp_path: Path) -> None:
-    """Eight billion parameters with plain rotary embeddings: loadable, but whole in fp32 beside the cache."""
-    config = NAMED["llama-3.1-8b"] | {"rope_scaling": None, "max_position_embeddings": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({}, tmp_path / "model.safetensors")
-    result = rlef("--model", str(tmp_path), "--gpu", "H100", "--nodes", "2")
+def test_a_model_too_large_for_what_runs_today_is_told_what_its_best_layout_needs() -> None:
+    """Eight billion parameters: loadable, but whole in fp32 beside the cache."""
+    result = rlef("--model", "llama-3.1-8b", "--gpu", "H100", "--nodes", "2")
     assert "No layout that the trainer can run today fits. The best needs: bf16" in result.stdout
     assert "torchrun" not in result.stdout
 

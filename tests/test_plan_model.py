@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlef.config import ConfigError
 from rlef.plan_model import NAMED, Head, ModelSize, model_size, read_model, stage_parameters
 from rlef.records import ModelShape
-from rlef.weights import Cut, StageWeight, stage_weights
+from rlef.shards import Cut, StageWeight, stage_weights
 
 EXAMPLE = {
     "model_type": "llama",

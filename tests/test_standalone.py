@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlef.cli import main
-from rlef.pretrained import read_pretrained
-from rlef.torch_model import LlamaModel
+from rlef.families import read_config, read_shape
+from rlef.pretrained import read_pretrained, write_config, write_pretrained
+from rlef.torch_model import LlamaModel, initialise
 from tests.small_runs import one_process_job, run_file
 
 
@@ -89,6 +91,50 @@ def test_an_earlier_checkpoint_can_be_exported(finished: Finished, tmp_path: Pat
     _, earlier = read_pretrained(tmp_path / "earlier")
     _, last = read_pretrained(finished.exported)
     assert not torch.equal(earlier["lm_head.weight"], last["lm_head.weight"])
+
+
+def test_a_policy_can_be_exported_in_half_precision_and_in_several_files(
+    finished: Finished, tmp_path: Path
+) -> None:
+    options = ("--dtype", "bfloat16", "--max-file-mb", "0.05")
+    result = rlef("export", str(finished.run), str(tmp_path / "small"), *options)
+    assert result.exit_code == 0, result.output
+    files = list((tmp_path / "small").glob("model-*.safetensors"))
+    assert len(files) > 1
+    assert all(file.stat().st_size < 60_000 for file in files)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto").state_dict()
+    _, whole = read_pretrained(finished.exported)
+    assert small.keys() == whole.keys()
+    assert all(torch.equal(small[name], tensor.bfloat16()) for name, tensor in whole.items())
+
+
+def test_a_policy_of_another_family_leaves_in_the_form_of_its_start(
+    tmp_path: Path, random_model: Path
+) -> None:
+    """Qwen3, tied, in bfloat16: trained for a step, exported, and read by transformers."""
+    start, exported = shutil.copytree(random_model, tmp_path / "start"), tmp_path / "exported"
+    llama = read_shape(random_model)
+    shape = replace(llama, model_type="qwen3", head_dim=12, tie_word_embeddings=True)
+    model = LlamaModel(shape)
+    initialise(model, seed=0)
+    ids = {"end_token_id": 3, "pad_token_id": 0}
+    write_pretrained(start, shape, model.state_dict(), dtype=torch.bfloat16, **ids)
+    before = read_config(start)
+    write_config(start, before | {"eos_token_id": [3, 0], "transformers_version": "5.0.0"})
+    settings = run_file(tmp_path)
+    trained = rlef("train", str(settings), f"model.path={start}", "run.steps=1")
+    assert trained.exit_code == 0, trained.output
+    result = rlef("export", str(tmp_path / "small"), str(exported))
+    assert result.exit_code == 0, result.output
+    assert read_config(exported) == before | {"eos_token_id": [3, 0], "transformers_version": "5.0.0"}
+    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
+    assert theirs.lm_head.weight.dtype == torch.bfloat16
+    assert theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()
+    token_ids = [1, 40, 300, 2, 77, 511]
+    with torch.no_grad():
+        found = theirs.float()(torch.tensor([token_ids])).logits[0]
+    torch.testing.assert_close(found, logits(exported, token_ids), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found, logits(start, token_ids))
 
 
 def test_evaluating_the_exported_policy_gives_the_runs_own_final_figures(

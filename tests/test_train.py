@@ -19,7 +19,7 @@ from rlef.learner import Learner
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import FEEDBACK_OPENING, NO_CODE_FEEDBACK, UNTOLD_FEEDBACK, Dialog
 from rlef.records import Episode, ModelShape
-from rlef.weights import Head, StageWeight, cut_shard, join_shards, stage_weights
+from rlef.shards import Head, StageWeight, cut_shard, join_shards, stage_weights
 from tests.small_runs import (
     Command,
     nothing_left_behind,

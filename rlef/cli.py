@@ -249,6 +249,7 @@ def check_inputs(config: Config) -> None:
     from rlef import problems
     from rlef.pretrained import check_weights, model_folder, read_shape
     from rlef.prompts import Dialog
+    from rlef.samplers import check_sampler
     from rlef.weights import check_layout
 
     folder = model_folder(config.model.path)
@@ -256,6 +257,7 @@ def check_inputs(config: Config) -> None:
     check_weights(folder)
     check_layout(shape, config.parallel, config.parallel.processes)
     check_context(config, shape.max_position_embeddings)
+    check_sampler(config, shape)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
     problems.check(config)
     try:

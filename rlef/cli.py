@@ -264,6 +264,7 @@ def check_inputs(config: Config) -> None:
     from rlef.families import read_shape
     from rlef.pretrained import StoredWeights, model_folder
     from rlef.prompts import Dialog
+    from rlef.samplers import check_sampler
     from rlef.shards import check_layout, check_weights
 
     folder = model_folder(config.model.path)
@@ -271,6 +272,7 @@ def check_inputs(config: Config) -> None:
     check_weights(StoredWeights(folder), shape)
     check_layout(shape, config.parallel, config.parallel.processes)
     check_context(config, shape.max_position_embeddings)
+    check_sampler(config, shape)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
     problems.check(config)
     try:

@@ -28,6 +28,7 @@ FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 
 FeedbackKind = Literal["true", "none", "random"]
 ValueLevel = Literal["turn", "token"]
+SamplerName = Literal["torch", "vllm"]
 
 
 class ConfigError(ValueError):
@@ -77,9 +78,18 @@ class RolloutConfig(Section):
     max_feedback_tokens: MessageTokens = 1024  # cut on the right, marked
     max_test_characters: PositiveInt = 512  # of one test's input or output inside feedback
     max_response_tokens: PositiveInt = 1024
-    slots: PositiveInt = 128  # sequences that the embedded sampler decodes at once
+    sampler: SamplerName = "torch"  # the embedded one, or vLLM, which is an extra
+    slots: PositiveInt = 128  # sequences that the sampler decodes at once
     overlap: bool = False  # programs run while other episodes decode; results depend on the clock by rounding
     max_staleness: NonNegativeInt = 0  # versions that a token may be older than the weights it trains
+
+
+class VllmConfig(Section):
+    """What `rollout.sampler = "vllm"` needs besides."""
+
+    memory_fraction: Fraction = 0.4  # of a GPU's memory, for weights and cache; of the host's on a CPU
+    tensor_parallel: PositiveInt = 1  # GPUs over which one sampler's model is split
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class ExecutorConfig(Section):
@@ -140,6 +150,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     problems: ProblemsConfig = ProblemsConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
     executor: ExecutorConfig = ExecutorConfig()
     rewards: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()

@@ -27,8 +27,9 @@ class SamplingParams:
 class Request:
     """One response to sample, after `token_ids`.
 
-    `stream` keys the random numbers: the uniform for the token at absolute position p of the dialog is a
-    function of (seed, stream, p) alone, so a response does not depend on what it was batched with.
+    `stream` keys the random numbers: those for the token at absolute position p of the dialog are a function
+    of (seed, stream, p), and on vLLM of where the request ends, so a response does not depend on what it was
+    batched with.
 
     To go on with a response that was begun, its `num_sampled` tokens stand at the end of `token_ids`; they
     count towards the most tokens, and are not given again.
@@ -65,6 +66,10 @@ class Sampler(Protocol):
 
         What is under way goes on with them, from its next token on, and keeps what it has.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds. Nothing may be called afterwards."""
         ...
 
 

@@ -25,6 +25,7 @@ _FREE_TO_CHANGE = {
     "run.output_dir",
     "run.name",
     "parallel.timeout_s",
+    "vllm.memory_fraction",
     "executor.workers",
     "executor.allow_missing",
     "executor.memory_cgroup",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rlef.pretrained import StoredWeights, model_folder, read_pretrained, write_
 from rlef.prompts import Dialog
 from rlef.rollout import collect
 from rlef.run_folder import RunFolder
-from rlef.torch_sampler import TorchSampler
+from rlef.samplers import build_sampler
 from rlef_sandbox import Executor
 
 SOURCE = "source"
@@ -41,13 +42,15 @@ def evaluate_model(config: Config) -> dict[str, Any]:
     folder = model_folder(config.model.path)
     shape, weights = read_pretrained(folder)
     dialog = Dialog.read(folder, config.rollout)
-    sampler = TorchSampler(shape, end_token_id=dialog.end_token_id, slots=config.rollout.slots)
-    sampler.push(weights.items(), version=0)
-    with Executor(
-        workers=config.executor.workers or None,
-        allow_missing=config.executor.allow_missing,
-        memory_cgroup=config.executor.memory_cgroup or None,
-    ) as executor:
+    with (
+        closing(build_sampler(config, folder, shape, end_token_id=dialog.end_token_id)) as sampler,
+        Executor(
+            workers=config.executor.workers or None,
+            allow_missing=config.executor.allow_missing,
+            memory_cgroup=config.executor.memory_cgroup or None,
+        ) as executor,
+    ):
+        sampler.push(weights.items(), version=0)
         evaluation = evaluate(
             sources.load(config, "eval"),
             rollouts=lambda problems, **settings: (

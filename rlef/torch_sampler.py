@@ -193,6 +193,9 @@ class TorchSampler:
         self._streams.clear()
         return begun
 
+    def close(self) -> None:
+        self._keys, self._values = [], []
+
     def _check(self, request: Request) -> None:
         context = self._shape.max_position_embeddings
         if not 0 < len(request.token_ids) < context:

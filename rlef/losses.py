@@ -45,6 +45,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss of the response tokens, divided by `normaliser`, and its statistics.
 
+    The gradient takes the place of the logits, so that there is no second matrix of their size.
+
     With `normaliser` the number of response tokens in the whole update, the statistics add up, like the loss,
     to means over those tokens: `loss`, `clip_fraction`, `approximate_kl` (to the policy that starts the
     update), `behaviour_weight` (mean of min(pi / pi_behaviour, 1)) and `entropy`. `tokens` adds up to their
@@ -65,6 +67,7 @@ def policy_loss(
         entropy_coef=settings.entropy_coef,
         want_entropy=True,  # a tenth of the loss's time, and the first sign of a policy that collapses
         group=group,
+        in_place=True,  # nobody needs the logits any more
     )
     return loss, {
         "loss": loss.detach(),

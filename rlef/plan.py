@@ -7,6 +7,7 @@ the best one that the trainer can run.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,10 +33,12 @@ class Abilities:
     sequence_parallel: bool
     recompute: bool
     disaggregated: bool
-    paged_sampler: bool  # a sampler with a paged cache, split over ranks: vLLM
+    paged_sampler: bool  # a sampler with a paged cache: vLLM
+    split_sampler: bool  # the same over several ranks, beside trainers of several processes
 
 
-# Nor has it context parallelism or an interleaved pipeline; layouts with those are not made.
+# With the embedded sampler; `trainer_with` knows the other. Nor has it context parallelism or an interleaved
+# pipeline; layouts with those are not made.
 TRAINER = Abilities(
     bf16=False,
     distributed_optimizer=False,
@@ -43,6 +46,7 @@ TRAINER = Abilities(
     recompute=False,
     disaggregated=False,
     paged_sampler=False,
+    split_sampler=False,
 )
 EVERYTHING = Abilities(
     bf16=True,
@@ -51,7 +55,13 @@ EVERYTHING = Abilities(
     recompute=True,
     disaggregated=True,
     paged_sampler=True,
+    split_sampler=True,
 )
+
+
+def trainer_with(sampler: str) -> Abilities:
+    """What the trainer can run with `rollout.sampler` set so."""
+    return replace(TRAINER, paged_sampler=sampler == "vllm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +103,7 @@ def make_plan(
     work: Workload,
     assumptions: Assumptions,
     *,
+    trainer: Abilities = TRAINER,
     refusal: str | None = None,
 ) -> Plan:
     """Every layout that the model and the cluster divide into, ranked.
@@ -100,14 +111,14 @@ def make_plan(
     Raises:
         ConfigError: there is none, because not one data-parallel replica gets a sequence of each update.
     """
-    made = [layout for has in (TRAINER, EVERYTHING) for layout in layouts_of(size, cluster, work, has)]
+    made = [layout for has in (trainer, EVERYTHING) for layout in layouts_of(size, cluster, work, has)]
     layouts = dict.fromkeys(made)
     if not layouts:
         raise ConfigError(
             f"no layout uses {cluster.gpus} GPUs: an update has {work.episodes // work.updates} sequences, "
             "and each data-parallel replica needs one; take fewer GPUs or raise rollout.episodes_per_step"
         )
-    candidates = [_evaluate(size, cluster, layout, work, assumptions) for layout in layouts]
+    candidates = [_evaluate(size, cluster, layout, work, assumptions, trainer) for layout in layouts]
     candidates.sort(key=_rank)
     return Plan(candidates=tuple(candidates), work=work, cluster=cluster, refusal=refusal)
 
@@ -140,7 +151,7 @@ def layouts_of(size: ModelSize, cluster: Cluster, work: Workload, abilities: Abi
                     distributed_optimizer=abilities.distributed_optimizer and replicas > 1,
                     sequence_parallel=abilities.sequence_parallel and tensor > 1,
                 )
-                samplers = _tensor_sizes(size, cluster) if abilities.paged_sampler else [1]
+                samplers = _tensor_sizes(size, cluster) if abilities.split_sampler else [1]
                 for sampler_tensor in samplers:
                     if sampling % sampler_tensor == 0:
                         layout = replace(base, sampler_tensor=sampler_tensor)
@@ -176,7 +187,12 @@ def _divisors(number: int) -> list[int]:
 
 
 def _evaluate(
-    size: ModelSize, cluster: Cluster, layout: Layout, work: Workload, assumptions: Assumptions
+    size: ModelSize,
+    cluster: Cluster,
+    layout: Layout,
+    work: Workload,
+    assumptions: Assumptions,
+    trainer: Abilities,
 ) -> Candidate:
     def stages(cache_tokens: float) -> list[RankMemory]:
         return rank_memory(
@@ -210,7 +226,7 @@ def _evaluate(
         sampler_memory=sampling,
         time=step_time(size, cluster, layout, work, assumptions, cache_tokens=cache),
         fits=capacity >= needed and max(memory.total, sampling) <= cluster.gpu.memory_bytes,
-        missing=missing_abilities(layout, TRAINER),
+        missing=missing_abilities(layout, trainer),
     )
 
 
@@ -222,12 +238,13 @@ def missing_abilities(layout: Layout, abilities: Abilities) -> tuple[str, ...]:
         "sequence parallel": (layout.sequence_parallel, abilities.sequence_parallel),
         "recomputation": (layout.recompute, abilities.recompute),
         "disaggregated topology": (not layout.colocated, abilities.disaggregated),
-        "paged sampler": (not layout.whole_cache, abilities.paged_sampler),
+        "rollout.sampler=vllm": (not layout.whole_cache, abilities.paged_sampler),
+        "sampler over several ranks": (layout.sampler_tensor > 1, abilities.split_sampler),
     }
     return tuple(name for name, (wanted, had) in asked.items() if wanted and not had)
 
 
-def launch_command(layout: Layout, cluster: Cluster, arguments: Sequence[str]) -> str:
+def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[str]) -> str:
     """What to start on each node. `arguments` are the run file and the user's own overrides.
 
     Several nodes meet at port 29500 of the host in the shell's variable HEAD.
@@ -240,7 +257,11 @@ def launch_command(layout: Layout, cluster: Cluster, arguments: Sequence[str]) -
     words = [shlex.quote(word) for word in start]
     if cluster.nodes > 1:
         words += ["--rdzv-endpoint", '"$HEAD:29500"']
+    layout, memory = candidate.layout, candidate.memory
     overrides = [*arguments, f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}"]
+    if not layout.whole_cache:
+        share = (memory.sampler_weights + memory.kv_cache) / cluster.gpu.memory_bytes
+        overrides.append(f"vllm.memory_fraction={math.ceil(100 * share) / 100}")
     return " ".join([*words, "-m", "rlef", "train", *(shlex.quote(word) for word in overrides)])
 
 

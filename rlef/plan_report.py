@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlef.config import Config, check_context, longest_dialog
-from rlef.plan import Candidate, Plan, launch_command, loading_refusal, make_plan
+from rlef.plan import Candidate, Plan, launch_command, loading_refusal, make_plan, trainer_with
 from rlef.plan_cluster import cluster_of, with_assumptions
 from rlef.plan_memory import Layout
 from rlef.plan_model import NAMED, read_model
@@ -43,9 +43,16 @@ def show_plan(
     size = read_model(model)
     check_context(config, size.max_position_embeddings)
     work = workload_of(config, assumptions, longest_tokens=longest_dialog(config))
-    plan = make_plan(size, cluster, work, assumptions, refusal=loading_refusal(model))
+    plan = make_plan(
+        size,
+        cluster,
+        work,
+        assumptions,
+        trainer=trainer_with(config.rollout.sampler),
+        refusal=loading_refusal(model),
+    )
     runnable = plan.runnable
-    command = launch_command(runnable.layout, cluster, arguments) if runnable else None
+    command = launch_command(runnable, cluster, arguments) if runnable else None
     shown = chosen(plan, top)
     if as_json:
         print(json.dumps(plan_as_json(plan, shown, command), indent=2))

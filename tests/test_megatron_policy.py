@@ -161,8 +161,9 @@ def test_updates_are_those_of_the_torch_twin(
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
         assert found.learning_rate == expected.learning_rate
     assert found.grad_norm > 0.01
+    rounding = 1e-6 * max(1.0, found.grad_norm)  # a weight moves by about its gradient
     for name, weight in twin.named_weights():
-        torch.testing.assert_close(weights_of(network)[name], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights_of(network)[name], weight, rtol=1e-5, atol=rounding)
 
 
 def test_a_resumed_network_continues_bit_for_bit() -> None:

@@ -24,11 +24,13 @@ from rlef.plan import (
     TRAINER,
     Abilities,
     Plan,
+    launch_command,
     layouts_of,
     loading_refusal,
     make_plan,
     missing_abilities,
     tensor_divides,
+    trainer_with,
 )
 from rlef.plan_cluster import GPUS, Assumptions, Cluster
 from rlef.plan_memory import Layout
@@ -78,7 +80,8 @@ def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> No
             sequence_parallel=config.sequence_parallel,
             recompute=config.recompute_granularity is not None,
             disaggregated="topology" in settings_of_all,
-            paged_sampler=(ROOT / "rlef" / "vllm_sampler.py").exists(),
+            paged_sampler=Config().rollout.sampler == "vllm",
+            split_sampler=False,  # samplers.check_sampler refuses it beside several processes
         )
         == TRAINER
     )
@@ -264,3 +267,18 @@ def test_the_json_has_what_the_tables_have() -> None:
     )
     assert {"rollout", "execution", "scoring", "updates", "publishing", "total"} <= first["seconds"].keys()
     assert found["cluster"]["gpu"]["name"] == "H100"
+
+
+def test_with_vllm_the_plan_gives_its_cache_a_share_of_the_gpu() -> None:
+    """And without it, layouts that want it say so."""
+    work, size = work_of(), read_model("llama-3.1-8b")
+    cluster = Cluster(gpu=GPUS["H100"], nodes=4)
+    plan = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with("vllm"))
+    paged = next(each for each in plan.candidates if not each.layout.whole_cache and not each.missing)
+    command = launch_command(paged, cluster, ["run.toml", "rollout.sampler=vllm"])
+    (share,) = [word for word in shlex.split(command) if word.startswith("vllm.memory_fraction=")]
+    taken = float(share.partition("=")[2]) * cluster.gpu.memory_bytes
+    assert taken >= paged.memory.sampler_weights + paged.memory.kv_cache
+    assert paged.layout.sampler_tensor == 1
+    plain = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with("torch"))
+    assert any("rollout.sampler=vllm" in each.missing for each in plain.candidates)

@@ -1,17 +1,19 @@
 """CPU time and memory of the policy loss from logits, forward and backward, beside those of eager torch.
 
-    python bench/policy_loss_cpu.py [--tokens 4096] [--vocab 32000] [--repeats 5]
+    python bench/policy_loss_cpu.py [--tokens 4096] [--vocab 32000] [--repeats 5] [--fresh-memory]
 
 Eager is `log_softmax`, `gather`, the clipped loss and autograd. Each measurement has a process of its own: a
 step that is not measured, then one that is; the kinds take turns, so that a busy machine slows all of them.
 Process time counts every thread. `beyond_gb` is the peak of the resident memory over what logits and gradient
-take. The last line is JSON.
+take. Freed memory is kept for the next tensor, as `rlef train` has it (rlef/launch.py); with `--fresh-memory`
+glibc gives it back, and every step pays for the first touch of its tensors' pages. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ from torch import Tensor
 from rlef_kernels import ppo_policy_loss_from_logits
 
 KINDS = ("eager", "ours", "ours in place")
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 
 def eager_step(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> None:
@@ -74,17 +77,19 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kind", choices=KINDS, help="measure this one alone, once")
+    parser.add_argument("--fresh-memory", action="store_true", help="let glibc give freed memory back")
     arguments = parser.parse_args()
     if arguments.kind:
         print(json.dumps(measure(arguments.kind, arguments.tokens, arguments.vocab)))
         return
 
+    environment = {**os.environ, **({} if arguments.fresh_memory else KEEP_FREED_MEMORY)}
     sizes = ["--tokens", str(arguments.tokens), "--vocab", str(arguments.vocab)]
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(arguments.repeats):
         for kind in KINDS:
             command = [sys.executable, __file__, *sizes, "--kind", kind]
-            process = subprocess.run(command, capture_output=True, text=True, check=True)
+            process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             runs[kind].append(json.loads(process.stdout))
     result: dict[str, object] = {"tokens": arguments.tokens, "vocab": arguments.vocab}
     result |= {"repeats": arguments.repeats, "torch": torch.__version__}

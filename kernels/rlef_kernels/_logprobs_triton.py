@@ -81,6 +81,47 @@ def _edges(head, body, THREADS: tl.constexpr):
 
 
 @triton.jit
+def _statistics(
+    row_ptr,  # [vocab]
+    vocab,
+    bits,
+    WANT_ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    LOADS: tl.constexpr,
+    THREADS: tl.constexpr,
+    WORDS: tl.constexpr,
+    EVICTION: tl.constexpr,  # of the cache, for a row that is read again
+):
+    """Maximum, sum 2^z and sum z 2^z of a row, with z = (logit - maximum) bits."""
+    precise: tl.constexpr = bits.dtype
+    lanes = _lanes(LOADS, THREADS, WORDS)
+    maximum = tl.full((THREADS,), LOWEST if precise == tl.float32 else LOWEST_OF_DOUBLES, precise)
+    total = tl.zeros((THREADS,), precise)
+    weighted = tl.zeros((THREADS,), precise)
+    head, body = _body_of(row_ptr, vocab, ALIGNED, WORDS)
+    body_ptr = tl.multiple_of(row_ptr + head, 16)
+    size: tl.constexpr = LOADS * THREADS * WORDS
+    whole = body // size * size
+    for begin in tl.range(0, whole, size):
+        tile = tl.load(body_ptr + begin + lanes, eviction_policy=EVICTION).to(precise)
+        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
+    if whole < body:
+        is_inside = lanes // WORDS < (body - whole) // WORDS
+        tile = tl.load(
+            body_ptr + whole + lanes, mask=is_inside, other=float("-inf"), eviction_policy=EVICTION
+        ).to(precise)
+        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
+    if not ALIGNED:
+        edges = _edges(head, body, THREADS)
+        tile = tl.load(row_ptr + edges, mask=edges < vocab, other=float("-inf")).to(precise)
+        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
+    highest = tl.max(maximum, axis=0)
+    rise = tl.maximum((maximum - highest) * bits, VANISHED)
+    rescale = tl.exp2(rise)
+    return highest, tl.sum(total * rescale, axis=0), tl.sum((weighted + rise * total) * rescale, axis=0)
+
+
+@triton.jit
 def statistics_kernel(
     statistics_ptr,  # [3 or 4, num_tokens]
     logits_ptr,  # [num_rows, vocab]
@@ -107,40 +148,20 @@ def statistics_kernel(
     row_ptr = logits_ptr + row * stride_row
 
     bits = tl.full((), bits, precise)
-    lanes = _lanes(LOADS, THREADS, WORDS)
-    maximum = tl.full((THREADS,), LOWEST if precise == tl.float32 else LOWEST_OF_DOUBLES, precise)
-    total = tl.zeros((THREADS,), precise)
-    weighted = tl.zeros((THREADS,), precise)
-    head, body = _body_of(row_ptr, vocab, ALIGNED, WORDS)
-    body_ptr = tl.multiple_of(row_ptr + head, 16)
-    size: tl.constexpr = LOADS * THREADS * WORDS
-    whole = body // size * size
-    for begin in tl.range(0, whole, size):
-        tile = tl.load(body_ptr + begin + lanes).to(precise)
-        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
-    if whole < body:
-        is_inside = lanes // WORDS < (body - whole) // WORDS
-        tile = tl.load(body_ptr + whole + lanes, mask=is_inside, other=float("-inf")).to(precise)
-        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
-    if not ALIGNED:
-        edges = _edges(head, body, THREADS)
-        tile = tl.load(row_ptr + edges, mask=edges < vocab, other=float("-inf")).to(precise)
-        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
-
-    highest = tl.max(maximum, axis=0)
-    rise = tl.maximum((maximum - highest) * bits, VANISHED)
-    rescale = tl.exp2(rise)
+    maximum, total, weighted = _statistics(
+        row_ptr, vocab, bits, WANT_ENTROPY, ALIGNED, LOADS, THREADS, WORDS, ""
+    )
     column = tl.load(columns_ptr + token)
     chosen = tl.load(row_ptr + column, mask=(column >= 0) & (column < vocab), other=0.0).to(precise)
     statistics_ptr += token
-    tl.store(statistics_ptr, tl.where(is_known, highest, float("nan")))
+    tl.store(statistics_ptr, tl.where(is_known, maximum, float("nan")))
     statistics_ptr += num_tokens
-    tl.store(statistics_ptr, tl.sum(total * rescale, axis=0))
+    tl.store(statistics_ptr, total)
     statistics_ptr += num_tokens
     tl.store(statistics_ptr, chosen)
     if WANT_ENTROPY:
         statistics_ptr += num_tokens
-        tl.store(statistics_ptr, tl.sum((weighted + rise * total) * rescale, axis=0))
+        tl.store(statistics_ptr, weighted)
 
 
 @triton.jit

@@ -16,15 +16,9 @@ from torch.autograd.graph import increment_version
 
 from rlef_kernels._checks import accumulation_dtype
 from rlef_kernels._logprobs_triton import (
-    LOWEST,
-    LOWEST_OF_DOUBLES,
-    VANISHED,
     WIDTH,
-    _body_of,
-    _edges,
-    _lanes,
     _lie_alike,
-    _take_tile,
+    _statistics,
     _write_gradient,
     _write_zeros,
     are_aligned,
@@ -39,47 +33,6 @@ SCALE_BLOCK = 8192
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _statistics(
-    row_ptr,  # [vocab]
-    vocab,
-    bits,
-    WANT_ENTROPY: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    LOADS: tl.constexpr,
-    THREADS: tl.constexpr,
-    WORDS: tl.constexpr,
-    EVICTION: tl.constexpr,
-):
-    """Maximum, sum 2^z and sum z 2^z of a row, with z = (logit - maximum) bits."""
-    precise: tl.constexpr = bits.dtype
-    lanes = _lanes(LOADS, THREADS, WORDS)
-    maximum = tl.full((THREADS,), LOWEST if precise == tl.float32 else LOWEST_OF_DOUBLES, precise)
-    total = tl.zeros((THREADS,), precise)
-    weighted = tl.zeros((THREADS,), precise)
-    head, body = _body_of(row_ptr, vocab, ALIGNED, WORDS)
-    body_ptr = tl.multiple_of(row_ptr + head, 16)
-    size: tl.constexpr = LOADS * THREADS * WORDS
-    whole = body // size * size
-    for begin in tl.range(0, whole, size):
-        tile = tl.load(body_ptr + begin + lanes, eviction_policy=EVICTION).to(precise)
-        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
-    if whole < body:
-        is_inside = lanes // WORDS < (body - whole) // WORDS
-        tile = tl.load(
-            body_ptr + whole + lanes, mask=is_inside, other=float("-inf"), eviction_policy=EVICTION
-        ).to(precise)
-        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
-    if not ALIGNED:
-        edges = _edges(head, body, THREADS)
-        tile = tl.load(row_ptr + edges, mask=edges < vocab, other=float("-inf")).to(precise)
-        maximum, total, weighted = _take_tile(tile, maximum, total, weighted, bits, WANT_ENTROPY)
-    highest = tl.max(maximum, axis=0)
-    rise = tl.maximum((maximum - highest) * bits, VANISHED)
-    rescale = tl.exp2(rise)
-    return highest, tl.sum(total * rescale, axis=0), tl.sum((weighted + rise * total) * rescale, axis=0)
 
 
 @triton.jit

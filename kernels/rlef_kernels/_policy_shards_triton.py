@@ -20,12 +20,13 @@ from rlef_kernels._logprobs_triton import (
     LOWEST_OF_DOUBLES,
     VANISHED,
     _lie_alike,
+    _statistics,
     _write_gradient,
     _write_zeros,
     are_aligned,
     settings_for,
 )
-from rlef_kernels._policy_rows_triton import LN_2, LOG2_E, _coefficients, _statistics, tokens_of
+from rlef_kernels._policy_rows_triton import LN_2, LOG2_E, _coefficients, tokens_of
 from rlef_kernels._policy_triton import (
     BLOCK,
     SUMS,

@@ -145,8 +145,8 @@ def episode_lengths(work: Workload, count: int) -> list[float]:
     lengths = []
     for index in range(count):
         turns = math.floor(work.turns + (index * _GOLDEN) % 1.0)
-        own = (index + 0.5) / count
-        quantiles = [(own + turn * _GOLDEN * (index + 1)) % 1.0 for turn in range(turns)]
+        first = (index + 0.5) / count
+        quantiles = [first] + [(index + 0.5) * math.sqrt(turn + 1.5) % 1.0 for turn in range(1, turns)]
         responses = [_cut_exponential(scale, work, quantile) for quantile in quantiles]
         if index == count - 1:
             responses[0] = work.max_response_tokens

@@ -56,6 +56,7 @@ class ParallelConfig(Section):
     processes: PositiveInt = 1  # started by `rlef train` itself when torchrun did not start it
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    sequence_parallel: bool = False  # norms and residuals split over tensor parallel ranks, by tokens
     threads_per_process: PositiveInt = 1  # on CPU
     timeout_s: PositiveInt = 600  # of one collective
 
@@ -202,6 +203,11 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"parallel.processes = {config.parallel.processes} is not a multiple of parallel.tensor x "
             f"parallel.pipeline = {model_parallel}; use {model_parallel}"
+        )
+    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel = true splits the tokens over tensor parallel ranks, and "
+            "parallel.tensor = 1; raise parallel.tensor or set parallel.sequence_parallel=false"
         )
     data_parallel = config.parallel.processes // model_parallel
     if episodes // updates < data_parallel:

@@ -24,6 +24,12 @@ REASONS = {
     # with variable_seq_lengths, shapes and activations are received on `torch.cuda.current_device()`, and
     # `torch.cuda.synchronize()` follows
     "megatron.core.pipeline_parallel.p2p_communication": "receive buffers",
+    # with sequence parallelism, a linear layer's input gradient is received on `torch.cuda.current_device()`,
+    "megatron.core.tensor_parallel.layers": "scattered gradients",
+    # as is what is gathered or scattered between layers,
+    "megatron.core.tensor_parallel.mappings": "gathered and scattered activations",
+    # and GlobalMemoryBuffer, in which layers gather their inputs, is there too
+    "megatron.core.utils": "gathered inputs",
 }
 """Module of megatron-core whose name `torch` is rebound -> what in it names a CUDA device."""
 

@@ -49,12 +49,18 @@ with warnings.catch_warnings():
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.packed_seq_params import PackedSeqParams
     from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+    from megatron.core.tensor_parallel import (
+        gather_from_sequence_parallel_region,
+        set_tensor_model_parallel_attributes,
+    )
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 Collect = Callable[[int, Batch, Tensor], Any]
 """What the last stage does with (index of the micro-batch, micro-batch, what the model gave for it)."""
+
+_PLAIN = ParallelConfig()
 
 
 def initialize(parallel: ParallelConfig) -> ParallelState:
@@ -83,6 +89,9 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
             distributed_timeout_minutes=math.ceil(parallel.timeout_s / 60),
             create_gloo_process_groups=False,
         )
+    # Sequence parallelism wants a state of random numbers to fork, but nothing here draws any: this tracker
+    # keeps none.
+    initialize_rng_tracker(inference_rng_tracker=True)
     megatron_cpu.install()
     replicas = mpu.get_data_parallel_world_size()
     return ParallelState(
@@ -114,8 +123,10 @@ def build_networks(
             of a model of this shape.
     """
     policy, state = build_policy(shape, weights, parallel=parallel, optimizer=optimizer)
-    reference = MegatronNetwork(shape, weights, head="logits")
-    value = MegatronNetwork(shape, weights, head="value", optimizer=optimizer, lr=optimizer.value_lr)
+    reference = MegatronNetwork(shape, weights, head="logits", parallel=parallel)
+    value = MegatronNetwork(
+        shape, weights, head="value", parallel=parallel, optimizer=optimizer, lr=optimizer.value_lr
+    )
     return Networks(policy=policy, reference=reference, value=value, parallel=state)
 
 
@@ -125,7 +136,10 @@ def build_policy(
     """The first of `build_networks` alone."""
     check_layout(shape, parallel, int(os.environ.get("WORLD_SIZE", "1")))
     state = initialize(parallel)
-    return MegatronNetwork(shape, weights, head="logits", optimizer=optimizer, lr=optimizer.lr), state
+    policy = MegatronNetwork(
+        shape, weights, head="logits", parallel=parallel, optimizer=optimizer, lr=optimizer.lr
+    )
+    return policy, state
 
 
 class MegatronNetwork:
@@ -141,12 +155,14 @@ class MegatronNetwork:
         weights: Weights,
         *,
         head: Head,
+        parallel: ParallelConfig = _PLAIN,
         optimizer: OptimizerConfig | None = None,
         lr: float = 0.0,
     ) -> None:
+        """Of `parallel` the options are read; the sizes are those that `initialize` was given."""
         self._shape = shape
         self._head = head
-        config = _transformer_config(shape)
+        config = _transformer_config(shape, parallel)
         self._model = _PackedModel(config, shape, head)
         self._device = self._model.cosine.device
         groups = {
@@ -265,9 +281,9 @@ class MegatronNetwork:
         return collected
 
     def _outputs(self, batch: Batch, output: Tensor) -> Tensor:
-        """`[1, tokens, channels]` -> logits `[tokens, vocab / tensor ranks]`, or float32 `[values]`."""
+        """`[1, padded tokens, channels]` -> logits `[tokens, vocab / tensor ranks]`, or float32 `[values]`."""
         if self._head == "logits":
-            return output[0]
+            return output.flatten(0, 1)[: batch.num_tokens]  # not output[0], whose backward copies
         return output[0, batch.value_positions, 0].float()
 
     def _score(self, _: int, batch: Batch, output: Tensor) -> Tensor:
@@ -422,17 +438,37 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
         self.cosine, self.sine = cosine.to(device), sine.to(device)  # [positions, head_dim]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Last stage: `[1, tokens, vocab / tensor parallel size]` or `[1, tokens, 1]`; else hidden states."""
+        """Last stage: `[1, padded tokens, vocab / tensor parallel size]` or `[1, padded tokens, 1]`.
+
+        Other stages give hidden states. Padding follows the batch's tokens.
+        """
+        token_ids, position_ids, cu_seqlens = self._padded(batch)
         sequences = _PackedSequences(
             qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            cosine=self.cosine[batch.position_ids][:, None],
-            sine=self.sine[batch.position_ids][:, None],
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cosine=self.cosine[position_ids][:, None],
+            sine=self.sine[position_ids][:, None],
         )
-        token_ids, position_ids = batch.token_ids[None], batch.position_ids[None]
-        output: Tensor = super().forward(token_ids, position_ids, None, packed_seq_params=sequences)
+        output: Tensor = super().forward(
+            token_ids[None], position_ids[None], None, packed_seq_params=sequences
+        )
         return output
+
+    def _padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, position ids and `cu_seqlens` of as many tokens as the ranks can share equally.
+
+        What is added is a sequence of its own, so that no token attends to it; and no loss reads it.
+        """
+        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        padding = -batch.num_tokens % ranks
+        if padding == 0:
+            return batch.token_ids, batch.position_ids, batch.cu_seqlens
+        return (
+            nn.functional.pad(batch.token_ids, (0, padding)),
+            torch.cat([batch.position_ids, torch.arange(padding, device=batch.position_ids.device)]),
+            torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + padding]),
+        )
 
     def _is_in_embd_group(self) -> bool:
         """With tied embeddings, first and last stage need not agree on first weights: both load theirs."""
@@ -491,6 +527,12 @@ class _RMSNorm(nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        _mark_shared_tokens(self.weight, config)
+
+
+def _mark_shared_tokens(weight: Any, config: TransformerConfig) -> None:
+    """Under sequence parallelism each rank's gradient of it is of its own tokens: megatron adds them up."""
+    weight.sequence_parallel = config.sequence_parallel
 
 
 class _ValueHead(nn.Module):
@@ -499,9 +541,16 @@ class _ValueHead(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.value_head = nn.Linear(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+        self._gathers = config.sequence_parallel
+        _mark_shared_tokens(self.value_head.weight, config)
 
     def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return self.value_head(hidden), None
+        """`[tokens / ranks, 1, hidden]` -> `[tokens, 1, 1]`; ranks: those of sequence parallelism."""
+        values: Tensor = self.value_head(hidden)
+        if self._gathers:
+            # Every rank makes the same loss of all values, so each keeps its own tokens' gradient.
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
+        return values, None
 
 
 def _layer_spec(shape: ModelShape) -> Any:
@@ -517,7 +566,7 @@ def _layer_spec(shape: ModelShape) -> Any:
     return layer
 
 
-def _transformer_config(shape: ModelShape) -> TransformerConfig:
+def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> TransformerConfig:
     pipeline = mpu.get_pipeline_model_parallel_world_size()
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
@@ -538,6 +587,7 @@ def _transformer_config(shape: ModelShape) -> TransformerConfig:
         hidden_dropout=0.0,
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=pipeline,
+        sequence_parallel=parallel.sequence_parallel,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
         perform_initialization=False,  # weights are always loaded

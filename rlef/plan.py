@@ -42,7 +42,7 @@ class Abilities:
 TRAINER = Abilities(
     bf16=False,
     distributed_optimizer=False,
-    sequence_parallel=False,
+    sequence_parallel=True,
     recompute=False,
     disaggregated=False,
     paged_sampler=False,
@@ -258,7 +258,12 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
     if cluster.nodes > 1:
         words += ["--rdzv-endpoint", '"$HEAD:29500"']
     layout, memory = candidate.layout, candidate.memory
-    overrides = [*arguments, f"parallel.tensor={layout.tensor}", f"parallel.pipeline={layout.pipeline}"]
+    overrides = [
+        *arguments,
+        f"parallel.tensor={layout.tensor}",
+        f"parallel.pipeline={layout.pipeline}",
+        f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
+    ]
     if not layout.whole_cache:
         share = (memory.sampler_weights + memory.kv_cache) / cluster.gpu.memory_bytes
         overrides.append(f"vllm.memory_fraction={math.ceil(100 * share) / 100}")

@@ -181,6 +181,10 @@ def test_settings_do_not_change(tmp_path: Path) -> None:
             "parallel.processes = 3 is not a multiple of parallel.tensor x parallel.pipeline = 2; use 2",
         ),
         (
+            ("parallel.sequence_parallel=true",),
+            "parallel.sequence_parallel = true splits the tokens over tensor parallel ranks, and parallel.",
+        ),
+        (
             ("rollout.episodes_per_step=4", "ppo.updates_per_step=2", "parallel.processes=3"),
             "rollout.episodes_per_step / ppo.updates_per_step = 2 sequences an update cannot be shared by 3 ",
         ),

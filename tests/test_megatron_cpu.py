@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import ProcessGroup
 
 from rlef import megatron_cpu
 from rlef.config import ParallelConfig
@@ -41,34 +42,56 @@ def test_nothing_is_changed_where_cuda_is_available() -> None:
     assert ran.stdout == "unchanged\n", ran.stderr
 
 
-def leave_out_each() -> dict[str, str]:
-    """On each of two pipeline stages: what an update raises without one of the stand-ins."""
-    from rlef.megatron_policy import MegatronNetwork, initialize
+LAYOUTS = (
+    ParallelConfig(processes=2, pipeline=2),
+    ParallelConfig(processes=2, tensor=2, sequence_parallel=True),
+)
 
-    state = initialize(ParallelConfig(processes=2, pipeline=2))
-    everything = batches()
-    loss = ppo_policy_loss(everything, range(3), state.tensor_parallel_group)
 
-    def update() -> str:
-        network = MegatronNetwork(UNTIED, random_weights(UNTIED), head="logits", optimizer=SMOOTH, lr=1.0)
-        return f"grad norm {network.update(everything, loss).grad_norm:.3f}"
+def leave_out_each() -> dict[str, list[str]]:
+    """On each of two ranks: what an update in each layout raises without one of the stand-ins."""
+    from megatron.core import parallel_state
 
-    outcomes = {"none": update()}
-    for name in megatron_cpu.REASONS:
-        module: Any = importlib.import_module(name)
-        module.torch = torch
-        try:
-            outcomes[name] = update()
-        except (AssertionError, RuntimeError) as error:
-            outcomes[name] = str(error)
-        megatron_cpu.install()
+    from rlef.megatron_policy import initialize
+
+    outcomes: dict[str, list[str]] = {name: [] for name in ("none", *megatron_cpu.REASONS)}
+    for parallel in LAYOUTS:
+        state = initialize(parallel)
+        for name, said in outcomes.items():
+            if name != "none":
+                module: Any = importlib.import_module(name)
+                module.torch = torch
+            try:
+                said.append(_updated(parallel, state.tensor_parallel_group))
+            except (AssertionError, RuntimeError) as error:
+                said.append(str(error))
+            megatron_cpu.install()
+        parallel_state.destroy_model_parallel()
     return outcomes
+
+
+def _updated(parallel: ParallelConfig, group: ProcessGroup | None) -> str:
+    from megatron.core import parallel_state
+
+    from rlef.megatron_policy import MegatronNetwork
+
+    parallel_state.destroy_global_memory_buffer()  # it would be kept from the update before
+    parallel_state._set_global_memory_buffer()
+    network = MegatronNetwork(
+        UNTIED, random_weights(UNTIED), head="logits", parallel=parallel, optimizer=SMOOTH, lr=1.0
+    )
+    everything = batches()
+    loss = ppo_policy_loss(everything, range(3), group)
+    return f"grad norm {network.update(everything, loss).grad_norm:.3f}"
 
 
 @pytest.mark.multiprocess
 def test_an_update_fails_without_any_one_of_the_stand_ins(tmp_path: Path) -> None:
     for outcomes in run_ranks(leave_out_each, ranks=2, folder=tmp_path):
-        assert outcomes.pop("none").startswith("grad norm 0.")
+        assert all(outcome.startswith("grad norm 0.") for outcome in outcomes.pop("none"))
         assert outcomes.keys() == megatron_cpu.REASONS.keys()
-        for name, outcome in outcomes.items():
-            assert "CUDA" in outcome or "NVIDIA" in outcome, (name, outcome)
+        for name, said in outcomes.items():
+            faults = [outcome for outcome in said if not outcome.startswith("grad norm")]
+            assert faults, name
+            for fault in faults:
+                assert "CUDA" in fault or "NVIDIA" in fault, (name, fault)

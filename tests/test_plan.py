@@ -23,6 +23,7 @@ from rlef.plan import (
     EVERYTHING,
     TRAINER,
     Abilities,
+    Candidate,
     Plan,
     launch_command,
     layouts_of,
@@ -77,7 +78,7 @@ def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> No
         Abilities(
             bf16=config.bf16,
             distributed_optimizer=network._training.model.ddp_config.use_distributed_optimizer,
-            sequence_parallel=config.sequence_parallel,
+            sequence_parallel="sequence_parallel" in settings_of_all,
             recompute=config.recompute_granularity is not None,
             disaggregated="topology" in settings_of_all,
             paged_sampler=Config().rollout.sampler == "vllm",
@@ -242,6 +243,18 @@ def test_what_cannot_be_planned_is_refused_in_one_line(arguments: list[str], mes
     (line,) = result.stderr.splitlines()
     assert line.startswith("rlef: error: ")
     assert message in line
+
+
+@settings(max_examples=25)
+@given(st.sampled_from(plan_of("smollm2-135m", nodes=1).candidates))
+def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
+    """Each of its settings, also those that are off: the run file may have them on."""
+    layout = candidate.layout
+    words = shlex.split(launch_command(candidate, Cluster(gpu=GPUS["H100"], nodes=1), [str(TINY)]))
+    overrides = [word for word in words if word.startswith("parallel.")]
+    found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus}"]).parallel
+    assert (found.tensor, found.pipeline) == (layout.tensor, layout.pipeline)
+    assert found.sequence_parallel == layout.sequence_parallel
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 FeedbackKind = Literal["true", "none", "random"]
 ValueLevel = Literal["turn", "token"]
 SamplerName = Literal["torch", "vllm"]
+Recompute = Literal["none", "full"]
 
 
 class ConfigError(ValueError):
@@ -57,6 +58,7 @@ class ParallelConfig(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     sequence_parallel: bool = False  # norms and residuals split over tensor parallel ranks, by tokens
+    recompute: Recompute = "none"  # "full": keep what goes into each layer, and compute the rest again
     threads_per_process: PositiveInt = 1  # on CPU
     timeout_s: PositiveInt = 600  # of one collective
 

@@ -1,9 +1,9 @@
 """What lets megatron-core run on gloo and CPU, and the reason for each piece. Inert where CUDA is available.
 
-Nothing in `torch` is changed, and no function of megatron-core is replaced. In a few of its modules the
-*name* `torch` is bound to a stand-in that passes everything through, except that "cuda" means the CPU: all
-that it changes could only raise on a machine without CUDA. What else a CPU needs is a setting in
-`megatron_policy`.
+Nothing in `torch` is changed. In a few modules of megatron-core the *name* `torch` is bound to a stand-in
+that passes everything through, except that "cuda" means the CPU: all that it changes could only raise on a
+machine without CUDA. Two functions are replaced, those for the state of CUDA's random numbers. What else a
+CPU needs is a setting in `megatron_policy`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ REASONS = {
     "megatron.core.utils": "gathered inputs",
 }
 """Module of megatron-core whose name `torch` is rebound -> what in it names a CUDA device."""
+
+GENERATOR = "megatron.core.tensor_parallel.random"
+"""Where recomputation saves and restores the state of CUDA's random numbers. There is none: without CUDA the
+one function raises, and torch keeps each call of the other until CUDA is there, that is for ever."""
 
 _FACTORIES = ("empty", "full", "tensor", "zeros")
 
@@ -68,10 +72,24 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return make
 
 
+def _no_state(*_: object, **_settings: object) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8)
+
+
+def _set_no_state(*_: object, **_settings: object) -> None:
+    pass
+
+
 def install() -> None:
-    """Bind the stand-in in each module of `REASONS`. Where CUDA is available, do nothing."""
+    """Bind the stand-in in each module of `REASONS`, and replace the functions of `GENERATOR`.
+
+    Where CUDA is available, do nothing.
+    """
     if torch.cuda.is_available():
         return
     for name in REASONS:
         module: Any = importlib.import_module(name)
         module.torch = _TorchOnCPU()
+    generator = importlib.import_module(GENERATOR)
+    for function, replacement in (("_get_cuda_rng_state", _no_state), ("_set_cuda_rng_state", _set_no_state)):
+        setattr(generator, function, replacement)

@@ -281,7 +281,7 @@ class MegatronNetwork:
         return collected
 
     def _outputs(self, batch: Batch, output: Tensor) -> Tensor:
-        """`[1, padded tokens, channels]` -> logits `[tokens, vocab / tensor ranks]`, or float32 `[values]`."""
+        """Of `[1, padded, channels]`: logits `[tokens, vocab / tensor ranks]`, or float32 `[values]`."""
         if self._head == "logits":
             return output.flatten(0, 1)[: batch.num_tokens]  # not output[0], whose backward copies
         return output[0, batch.value_positions, 0].float()
@@ -568,6 +568,7 @@ def _layer_spec(shape: ModelShape) -> Any:
 
 def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> TransformerConfig:
     pipeline = mpu.get_pipeline_model_parallel_world_size()
+    recompute = parallel.recompute == "full"
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -588,6 +589,9 @@ def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transfor
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=pipeline,
         sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,  # kept: what goes into each layer
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
         perform_initialization=False,  # weights are always loaded

@@ -43,7 +43,7 @@ TRAINER = Abilities(
     bf16=False,
     distributed_optimizer=False,
     sequence_parallel=True,
-    recompute=False,
+    recompute=True,
     disaggregated=False,
     paged_sampler=False,
     split_sampler=False,
@@ -263,6 +263,7 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
         f"parallel.tensor={layout.tensor}",
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
+        f"parallel.recompute={'full' if layout.recompute else 'none'}",
     ]
     if not layout.whole_cache:
         share = (memory.sampler_weights + memory.kv_cache) / cluster.gpu.memory_bytes

@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from rlef import megatron_cpu
 from rlef.config import ParallelConfig
+from rlef.megatron_policy import MegatronNetwork, initialize, leave
 from tests.distributed import ROOT, run_ranks
 from tests.megatron_examples import SMOOTH, UNTIED, batches, ppo_policy_loss, random_weights
 
@@ -25,11 +27,12 @@ torch.cuda.is_available = lambda: True
 from rlef import megatron_cpu
 for name in megatron_cpu.REASONS:
     importlib.import_module(name)
-before = dict(vars(torch)), dict(vars(torch.cuda))
+generator = importlib.import_module(megatron_cpu.GENERATOR)
+before = dict(vars(torch)), dict(vars(torch.cuda)), dict(vars(generator))
 megatron_cpu.install()
 for name in megatron_cpu.REASONS:
     assert importlib.import_module(name).torch is torch, name
-assert (dict(vars(torch)), dict(vars(torch.cuda))) == before
+assert (dict(vars(torch)), dict(vars(torch.cuda)), dict(vars(generator))) == before
 print("unchanged")
 """
 
@@ -46,13 +49,15 @@ LAYOUTS = (
     ParallelConfig(processes=2, pipeline=2),
     ParallelConfig(processes=2, tensor=2, sequence_parallel=True),
 )
+GENERATOR_FUNCTIONS = {
+    name: getattr(importlib.import_module(megatron_cpu.GENERATOR), name)
+    for name in ("_get_cuda_rng_state", "_set_cuda_rng_state")
+}
 
 
 def leave_out_each() -> dict[str, list[str]]:
     """On each of two ranks: what an update in each layout raises without one of the stand-ins."""
     from megatron.core import parallel_state
-
-    from rlef.megatron_policy import initialize
 
     outcomes: dict[str, list[str]] = {name: [] for name in ("none", *megatron_cpu.REASONS)}
     for parallel in LAYOUTS:
@@ -72,8 +77,6 @@ def leave_out_each() -> dict[str, list[str]]:
 
 def _updated(parallel: ParallelConfig, group: ProcessGroup | None) -> str:
     from megatron.core import parallel_state
-
-    from rlef.megatron_policy import MegatronNetwork
 
     parallel_state.destroy_global_memory_buffer()  # it would be kept from the update before
     parallel_state._set_global_memory_buffer()
@@ -95,3 +98,31 @@ def test_an_update_fails_without_any_one_of_the_stand_ins(tmp_path: Path) -> Non
             assert faults, name
             for fault in faults:
                 assert "CUDA" in fault or "NVIDIA" in fault, (name, fault)
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    initialize(ParallelConfig())
+    yield
+    leave()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_recomputation_fails_or_leaks_without_the_functions_for_random_numbers() -> None:
+    """Of the second, torch keeps each call, to make it once CUDA has started."""
+    generator: Any = importlib.import_module(megatron_cpu.GENERATOR)
+    parallel = ParallelConfig(recompute="full")
+    waiting = torch.cuda._queued_calls  # type: ignore[attr-defined]
+    before = len(waiting)
+    assert _updated(parallel, None).startswith("grad norm 0.")
+    assert len(waiting) == before
+    try:
+        generator._set_cuda_rng_state = GENERATOR_FUNCTIONS["_set_cuda_rng_state"]
+        _updated(parallel, None)
+        assert len(waiting) > before
+        del waiting[before:]
+        generator._get_cuda_rng_state = GENERATOR_FUNCTIONS["_get_cuda_rng_state"]
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+            _updated(parallel, None)
+    finally:
+        megatron_cpu.install()

@@ -39,6 +39,11 @@ LAYOUTS = {  # tensor x pipeline; the rest is data
     "2x2": ParallelConfig(processes=RANKS, tensor=2, pipeline=2),
     "2x1 sequence": ParallelConfig(processes=RANKS, tensor=2, sequence_parallel=True),
     "2x2 sequence": ParallelConfig(processes=RANKS, tensor=2, pipeline=2, sequence_parallel=True),
+    "2x1 recompute": ParallelConfig(processes=RANKS, tensor=2, recompute="full"),
+    "1x2 recompute": ParallelConfig(processes=RANKS, pipeline=2, recompute="full"),
+    "2x2 sequence recompute": ParallelConfig(
+        processes=RANKS, tensor=2, pipeline=2, sequence_parallel=True, recompute="full"
+    ),
 }
 SHAPES = {"untied": UNTIED, "tied": TIED, "qwen2": QWEN2, "qwen3": QWEN3}
 UPDATES = 2

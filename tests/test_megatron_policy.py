@@ -274,6 +274,38 @@ def test_a_frozen_network_scores_alike_and_cannot_learn() -> None:
     assert frozen.state_dict().keys() == {"layout", "weights"}
 
 
+def test_recomputation_keeps_less_than_half_and_runs_each_layer_twice() -> None:
+    """What is kept is counted when the loss is called, which is between the two passes."""
+    kept: dict[str, int] = {}
+    runs: dict[str, int] = {}
+    for recompute in ("none", "full"):
+        network = MegatronNetwork(
+            UNTIED,
+            WEIGHTS,
+            head="value",
+            parallel=ParallelConfig(recompute=recompute),
+            optimizer=SMOOTH,
+            lr=1.0,
+        )
+        bytes_kept, calls = [0], []
+        for layer in network._model.decoder.layers:
+            layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+
+        def keep(tensor: Tensor, bytes_kept: list[int] = bytes_kept) -> Tensor:
+            bytes_kept[0] += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.nbytes
+            return tensor
+
+        def loss(values: Tensor, index: int, name: str = recompute) -> tuple[Tensor, dict[str, Tensor]]:
+            kept[name] = bytes_kept[0]  # noqa: B023
+            return values.sum(), {}
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            network.update(batches()[:1], loss)
+        runs[recompute] = len(calls)
+    assert runs == {"none": UNTIED.num_hidden_layers, "full": 2 * UNTIED.num_hidden_layers}
+    assert kept["full"] < kept["none"] / 2
+
+
 def test_exported_weights_are_copies() -> None:
     network = policy()
     before = weights_of(network)

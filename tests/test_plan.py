@@ -64,8 +64,11 @@ def rlef(*arguments: str) -> Result:
 
 @pytest.fixture
 def network() -> Iterator[MegatronNetwork]:
-    initialize(ParallelConfig())
-    yield MegatronNetwork(UNTIED, random_weights(UNTIED), head="logits", optimizer=SMOOTH, lr=1.0)
+    parallel = ParallelConfig(recompute="full")
+    initialize(parallel)
+    yield MegatronNetwork(
+        UNTIED, random_weights(UNTIED), head="logits", parallel=parallel, optimizer=SMOOTH, lr=1.0
+    )
     leave()
 
 
@@ -79,7 +82,7 @@ def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> No
             bf16=config.bf16,
             distributed_optimizer=network._training.model.ddp_config.use_distributed_optimizer,
             sequence_parallel="sequence_parallel" in settings_of_all,
-            recompute=config.recompute_granularity is not None,
+            recompute=config.recompute_granularity == "full",
             disaggregated="topology" in settings_of_all,
             paged_sampler=Config().rollout.sampler == "vllm",
             split_sampler=False,  # samplers.check_sampler refuses it beside several processes
@@ -255,6 +258,7 @@ def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
     found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus}"]).parallel
     assert (found.tensor, found.pipeline) == (layout.tensor, layout.pipeline)
     assert found.sequence_parallel == layout.sequence_parallel
+    assert found.recompute == ("full" if layout.recompute else "none")
 
 
 @pytest.mark.slow

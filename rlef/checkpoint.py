@@ -103,7 +103,11 @@ class CheckpointStore:
             keep=config.checkpoint.keep,
             rank=parallel.rank,
             world_size=parallel.world_size,
-            layout={"parallel.tensor": config.parallel.tensor, "parallel.pipeline": config.parallel.pipeline},
+            layout={
+                "parallel.tensor": config.parallel.tensor,
+                "parallel.pipeline": config.parallel.pipeline,
+                "parallel.distributed_optimizer": config.parallel.distributed_optimizer,
+            },
         )
 
     def save(self, step: int, rank_state: Mapping[str, Any], shared: Mapping[str, Any]) -> Path:
@@ -205,9 +209,10 @@ class CheckpointStore:
         for setting, saved in manifest.layout.items():
             present = self._layout.get(setting)
             if present != saved:
+                here, there = json.dumps(present), json.dumps(saved)  # as a run file writes them
                 raise ConfigError(
-                    f"{setting} is {present}, but {path} was saved with {saved}: "
-                    f"set {setting}={saved} to continue it, or another run.name to start anew"
+                    f"{setting} is {here}, but {path} was saved with {there}: "
+                    f"set {setting}={there} to continue it, or another run.name to start anew"
                 )
 
     def _together(self, action: Callable[[], _T]) -> _T:

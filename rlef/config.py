@@ -59,6 +59,7 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     sequence_parallel: bool = False  # norms and residuals split over tensor parallel ranks, by tokens
     recompute: Recompute = "none"  # "full": keep what goes into each layer, and compute the rest again
+    distributed_optimizer: bool = False  # its state split over data parallel ranks
     threads_per_process: PositiveInt = 1  # on CPU
     timeout_s: PositiveInt = 600  # of one collective
 

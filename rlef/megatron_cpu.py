@@ -2,14 +2,17 @@
 
 Nothing in `torch` is changed. In a few modules of megatron-core the *name* `torch` is bound to a stand-in
 that passes everything through, except that "cuda" means the CPU: all that it changes could only raise on a
-machine without CUDA. Two functions are replaced, those for the state of CUDA's random numbers. What else a
-CPU needs is a setting in `megatron_policy`.
+machine without CUDA. Two functions are replaced, those for the state of CUDA's random numbers, and while an
+optimiser is built, parameters name their type as on CUDA. What else a CPU needs is a setting in
+`megatron_policy`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +81,22 @@ def _no_state(*_: object, **_settings: object) -> torch.Tensor:
 
 def _set_no_state(*_: object, **_settings: object) -> None:
     pass
+
+
+@contextmanager
+def type_names_of_cuda(parameters: Iterable[Any]) -> Iterator[None]:
+    """Within, `parameter.type()` is the name that its type has on CUDA. Where CUDA is available, as always.
+
+    The distributed optimiser knows fp32 and bf16 by these names alone, and refuses others.
+    """
+    renamed = [] if torch.cuda.is_available() else list(parameters)
+    for parameter in renamed:
+        parameter.type = partial(str.replace, parameter.type(), "torch.", "torch.cuda.", 1)
+    try:
+        yield
+    finally:
+        for parameter in renamed:
+            del parameter.type
 
 
 def install() -> None:

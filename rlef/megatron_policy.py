@@ -171,7 +171,11 @@ class MegatronNetwork:
         }
         load_huggingface(self._model, weights, shape, head, **groups)
         self._gather = partial(gather_huggingface, self._model, shape, head, **groups)
-        self._training = _Training(config, self._model, optimizer, lr) if optimizer is not None else None
+        self._training: _Training | None = None
+        if optimizer is not None:
+            self._training = _Training(
+                config, self._model, optimizer, lr, sharded=parallel.distributed_optimizer
+            )
         if self._training is None:
             self._model.requires_grad_(False)
 
@@ -233,11 +237,11 @@ class MegatronNetwork:
         Raises:
             ValueError: it is of another model, layout, rank or kind of network; nothing was loaded.
         """
-        layout = self._layout()
-        for name, expected in layout.items():
-            if state["layout"].get(name) != expected:
+        saved, here = state["layout"], self._layout()
+        for name in saved | here:
+            if saved.get(name) != here.get(name):
                 raise ValueError(
-                    f"the saved network has {name} = {state['layout'].get(name)}, this one {expected}; "
+                    f"the saved network has {name} = {saved.get(name)}, this one {here.get(name)}; "
                     "resume with the settings that it was saved with"
                 )
         with torch.no_grad():
@@ -247,8 +251,15 @@ class MegatronNetwork:
             self._training.load_state_dict(state)
 
     def _layout(self) -> dict[str, Any]:
+        shard = {}
+        if self._training is not None and self._training.sharded:
+            shard = {
+                "optimizer_shards": mpu.get_data_parallel_world_size(),
+                "optimizer_shard": mpu.get_data_parallel_rank(),
+            }
         return {
             **asdict(self._shape),
+            **shard,
             "head": self._head,
             "trained": self._training is not None,
             "tensor": mpu.get_tensor_model_parallel_world_size(),
@@ -310,25 +321,35 @@ class _Training:
     """Gradient buffers, optimiser and schedule of a network that learns."""
 
     def __init__(
-        self, config: TransformerConfig, model: _PackedModel, optimizer: OptimizerConfig, lr: float
+        self,
+        config: TransformerConfig,
+        model: _PackedModel,
+        optimizer: OptimizerConfig,
+        lr: float,
+        *,
+        sharded: bool,
     ) -> None:
-        self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+        """`sharded`: each data-parallel rank keeps moments of, and steps, its part of the parameters."""
+        self.sharded = sharded
+        buffers = DistributedDataParallelConfig(use_distributed_optimizer=sharded)
+        self.model = DistributedDataParallel(config, buffers, model)
         config.no_sync_func = self.model.no_sync
         config.finalize_model_grads_func = _add_up_gradients
         self._clip_grad = optimizer.clip_grad
-        self._optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=lr,
-                min_lr=lr,
-                weight_decay=optimizer.weight_decay,
-                adam_beta1=optimizer.beta1,
-                adam_beta2=optimizer.beta2,
-                adam_eps=optimizer.eps,
-            ),
-            [self.model],
-            use_gloo_process_groups=False,
+        settings = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=lr,
+            min_lr=lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            use_distributed_optimizer=sharded,
         )
+        with megatron_cpu.type_names_of_cuda(self.model.parameters()):
+            self._optimizer = get_megatron_optimizer(settings, [self.model], use_gloo_process_groups=False)
+        (only,) = self._optimizer.chained_optimizers  # there would be another for experts
+        self._own = only
         # It also keeps weight decay from the norms: parameter groups are only marked, the schedule acts on
         # it.
         self._schedule = OptimizerParamScheduler(
@@ -363,26 +384,28 @@ class _Training:
         self._optimizer.prepare_grads()
         grad_norm = self._grad_norm()
         if math.isfinite(grad_norm):
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_grad, torch.tensor(grad_norm))
+            nn.utils.clip_grads_with_norm_(
+                self._own.get_parameters(), self._clip_grad, torch.tensor(grad_norm)
+            )
             self._optimizer.step_with_ready_grads()
         return grad_norm
 
     def _grad_norm(self) -> float:
         """Over all shards. What several ranks hold, counts once."""
-        gradients = [
-            gradient
-            for optimizer in self._optimizer.chained_optimizers
-            for gradient in optimizer.get_main_grads_for_grad_norm()
-        ]
+        gradients = self._own.get_main_grads_for_grad_norm()
         squared = nn.utils.get_total_norm(gradients).to(self.model.module.cosine.device).square()
-        torch.distributed.all_reduce(squared, group=mpu.get_model_parallel_group())
+        everyone = None
+        torch.distributed.all_reduce(
+            squared, group=everyone if self.sharded else mpu.get_model_parallel_group()
+        )
         return math.sqrt(squared.item())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self._optimizer.state_dict(), "updates": self._schedule.num_steps}
+        # Of torch's optimiser: that of megatron's distributed one has no moments, unless it gathers them.
+        return {"optimizer": self._own.optimizer.state_dict(), "updates": self._schedule.num_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would keep its tensors
+        self._own.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would keep its tensors
         self._schedule.num_steps = state["updates"]
 
 

@@ -41,7 +41,7 @@ class Abilities:
 # pipeline; layouts with those are not made.
 TRAINER = Abilities(
     bf16=False,
-    distributed_optimizer=False,
+    distributed_optimizer=True,
     sequence_parallel=True,
     recompute=True,
     disaggregated=False,
@@ -264,6 +264,7 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
         f"parallel.recompute={'full' if layout.recompute else 'none'}",
+        f"parallel.distributed_optimizer={str(layout.distributed_optimizer).lower()}",
     ]
     if not layout.whole_cache:
         share = (memory.sampler_weights + memory.kv_cache) / cluster.gpu.memory_bytes

@@ -195,6 +195,15 @@ def test_another_layout_is_refused_with_both_numbers(tmp_path: Path) -> None:
         CheckpointStore(tmp_path, keep=1, layout={"parallel.tensor": 1}).load_latest()
 
 
+def test_an_optimizer_that_is_split_otherwise_is_refused_with_words_that_a_run_file_takes(
+    tmp_path: Path,
+) -> None:
+    name = "parallel.distributed_optimizer"
+    CheckpointStore(tmp_path, keep=1, layout={name: True}).save(1, {}, {})
+    with pytest.raises(ConfigError, match=rf"{name} is false, but .* with true: set {name}=true to continue"):
+        CheckpointStore(tmp_path, keep=1, layout={name: False}).load_latest()
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.MonkeyPatch.context() as patch:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,24 @@ def _one_process() -> Iterator[None]:
     initialize(ParallelConfig())
     yield
     leave()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_a_distributed_optimizer_fails_without_the_type_names_of_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parallel = ParallelConfig(distributed_optimizer=True)
+    assert _updated(parallel, None).startswith("grad norm 0.")
+    monkeypatch.setattr(megatron_cpu, "type_names_of_cuda", lambda _: nullcontext())
+    with pytest.raises(TypeError, match=r"torch\.cuda\.FloatTensor"):
+        _updated(parallel, None)
+
+
+def test_parameters_have_their_own_type_names_again_afterwards() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with megatron_cpu.type_names_of_cuda([parameter]):
+        assert parameter.type() == "torch.cuda.FloatTensor"
+    assert parameter.type() == "torch.FloatTensor"
 
 
 @pytest.mark.usefixtures("_one_process")

@@ -6,12 +6,17 @@ One launch of four ranks plays all layouts and both kinds of embedding; the test
 from __future__ import annotations
 
 import copy
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rlef.config import ParallelConfig
+from rlef.checkpoint import CheckpointStore
+from rlef.config import Config, ParallelConfig
+from rlef.ports import ParallelState
 from tests.distributed import run_ranks
 from tests.megatron_examples import (
     QWEN2,
@@ -44,6 +49,11 @@ LAYOUTS = {  # tensor x pipeline; the rest is data
     "2x2 sequence recompute": ParallelConfig(
         processes=RANKS, tensor=2, pipeline=2, sequence_parallel=True, recompute="full"
     ),
+    "1x1 distributed": ParallelConfig(processes=RANKS, distributed_optimizer=True),
+    "2x1 distributed sequence": ParallelConfig(
+        processes=RANKS, tensor=2, distributed_optimizer=True, sequence_parallel=True
+    ),
+    "1x2 distributed": ParallelConfig(processes=RANKS, pipeline=2, distributed_optimizer=True),
 }
 SHAPES = {"untied": UNTIED, "tied": TIED, "qwen2": QWEN2, "qwen3": QWEN3}
 UPDATES = 2
@@ -87,7 +97,9 @@ def _play_layout(parallel: ParallelConfig, embedding: str) -> dict[str, Any]:
             "frozen scores": frozen.forward(own),
             "updates": [network.update(own, loss)],
         }
-        saved = copy.deepcopy(network.state_dict())
+        saved = _saved(network.state_dict(), parallel, state)
+        moments = saved["optimizer"]["state"].values()
+        record[head]["moments"] = sum(moment["exp_avg"].numel() for moment in moments)
         record[head]["updates"].append(network.update(own, loss))
         record[head]["weights"] = dict(network.named_weights())
         resumed = MegatronNetwork(shape, random_weights(shape, seed=9), **settings)
@@ -95,6 +107,21 @@ def _play_layout(parallel: ParallelConfig, embedding: str) -> dict[str, Any]:
         resumed.update(own, loss)
         record[head]["resumed"] = dict(resumed.named_weights())
     return record
+
+
+def _saved(network: Mapping[str, Any], parallel: ParallelConfig, state: ParallelState) -> Mapping[str, Any]:
+    """A copy, made by a checkpoint on disk where ranks hold different parts of the optimiser."""
+    if not parallel.distributed_optimizer:
+        return copy.deepcopy(network)
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        torch.distributed.broadcast_object_list(folder)
+        store = CheckpointStore.of_run(Path(folder[0]), Config(parallel=parallel), state)
+        store.save(1, network, {})
+        checkpoint = store.load_latest()
+        torch.distributed.barrier()  # rank 0 deletes the folder
+    assert checkpoint is not None
+    return checkpoint.rank_state
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +239,14 @@ def test_one_rank_had_no_micro_batch_and_took_part(ranks: list[dict[str, Any]]) 
 
 def test_some_packs_divide_among_the_ranks_and_others_are_padded() -> None:
     assert {batch.num_tokens % 2 for batch in batches()} == {0, 1}
+
+
+@pytest.mark.parametrize("embedding", SHAPES)
+def test_a_distributed_optimizer_keeps_each_moment_on_one_of_the_replicas(
+    ranks: list[dict[str, Any]], embedding: str
+) -> None:
+    for whole, split, replicas in [("1x1", "1x1 distributed", 4), ("1x2", "1x2 distributed", 2)]:
+        kept = [rank[f"{whole} {embedding}"]["logits"]["moments"] for rank in ranks]
+        shared = [rank[f"{split} {embedding}"]["logits"]["moments"] for rank in ranks]
+        assert sum(shared) * replicas == sum(kept)
+        assert max(shared) < max(kept)

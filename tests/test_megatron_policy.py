@@ -217,6 +217,24 @@ def test_a_state_of_another_network_is_refused_and_nothing_loaded(
     assert_same_weights(weights_of(network), before)
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_state_whose_optimizer_is_split_otherwise_is_refused(split: bool) -> None:
+    """Both ways: what is split into parts into what is not, and the other way round."""
+    networks = [
+        MegatronNetwork(
+            UNTIED,
+            WEIGHTS,
+            head="logits",
+            parallel=ParallelConfig(distributed_optimizer=distributed),
+            optimizer=SMOOTH,
+            lr=1.0,
+        )
+        for distributed in (split, not split)
+    ]
+    with pytest.raises(ValueError, match=r"the saved network has optimizer_shards = .*; resume with the"):
+        networks[1].load_state_dict(networks[0].state_dict())
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_moments(poison: float) -> None:
     everything = batches()

@@ -64,7 +64,7 @@ def rlef(*arguments: str) -> Result:
 
 @pytest.fixture
 def network() -> Iterator[MegatronNetwork]:
-    parallel = ParallelConfig(recompute="full")
+    parallel = ParallelConfig(recompute="full", distributed_optimizer=True)
     initialize(parallel)
     yield MegatronNetwork(
         UNTIED, random_weights(UNTIED), head="logits", parallel=parallel, optimizer=SMOOTH, lr=1.0
@@ -258,6 +258,7 @@ def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
     found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus}"]).parallel
     assert (found.tensor, found.pipeline) == (layout.tensor, layout.pipeline)
     assert found.sequence_parallel == layout.sequence_parallel
+    assert found.distributed_optimizer == layout.distributed_optimizer
     assert found.recompute == ("full" if layout.recompute else "none")
 
 

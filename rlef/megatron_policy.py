@@ -93,6 +93,7 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
     # keeps none.
     initialize_rng_tracker(inference_rng_tracker=True)
     megatron_cpu.install()
+    _silence_known_warnings()
     replicas = mpu.get_data_parallel_world_size()
     return ParallelState(
         rank=torch.distributed.get_rank(),
@@ -103,6 +104,15 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
         tensor_parallel_group=mpu.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
+
+
+def _silence_known_warnings() -> None:
+    """What megatron's sequence parallelism and distributed optimiser make torch say once in each process."""
+    names = r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=names, category=FutureWarning)
+    # A part of a parameter is a view of it, and megatron sets its gradient by hand.
+    views = r"The \.grad attribute of a Tensor that is not a leaf"
+    warnings.filterwarnings("ignore", message=views, module=r".*megatron")
 
 
 def leave() -> None:

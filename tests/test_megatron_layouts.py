@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,13 @@ def play() -> dict[str, Any]:
     """On one rank: each layout's scores, updates and weights."""
     from megatron.core import parallel_state
 
-    recorded = {}
-    for layout, parallel in LAYOUTS.items():
-        for embedding in SHAPES:
-            recorded[f"{layout} {embedding}"] = _play_layout(parallel, embedding)
-        parallel_state.destroy_model_parallel()
+    recorded: dict[str, Any] = {}
+    with warnings.catch_warnings(record=True) as warned:
+        for layout, parallel in LAYOUTS.items():
+            for embedding in SHAPES:
+                recorded[f"{layout} {embedding}"] = _play_layout(parallel, embedding)
+            parallel_state.destroy_model_parallel()
+    recorded["warnings"] = sorted({str(warning.message) for warning in warned})
     return recorded
 
 
@@ -250,3 +253,7 @@ def test_a_distributed_optimizer_keeps_each_moment_on_one_of_the_replicas(
         shared = [rank[f"{split} {embedding}"]["logits"]["moments"] for rank in ranks]
         assert sum(shared) * replicas == sum(kept)
         assert max(shared) < max(kept)
+
+
+def test_no_layout_warns_of_what_a_user_cannot_mend(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["warnings"] for rank in ranks] == [[]] * RANKS

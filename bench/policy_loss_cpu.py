@@ -1,12 +1,12 @@
 """CPU time and memory of the policy loss from logits, forward and backward, beside those of eager torch.
 
-    python bench/policy_loss_cpu.py [--tokens 4096] [--vocab 32000] [--repeats 5] [--fresh-memory]
+    python bench/policy_loss_cpu.py [--tokens 4096] [--vocab 32000] [--repeats 5] [--keep-freed-memory]
 
 Eager is `log_softmax`, `gather`, the clipped loss and autograd. Each measurement has a process of its own: a
 step that is not measured, then one that is; the kinds take turns, so that a busy machine slows all of them.
 Process time counts every thread. `beyond_gb` is the peak of the resident memory over what logits and gradient
-take. Freed memory is kept for the next tensor, as `rlef train` has it (rlef/launch.py); with `--fresh-memory`
-glibc gives it back, and every step pays for the first touch of its tensors' pages. The last line is JSON.
+take. Every step pays for the first touch of its tensors' pages, unless `--keep-freed-memory` has glibc keep
+what is freed for the next tensor, as `rlef train` does. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kind", choices=KINDS, help="measure this one alone, once")
-    parser.add_argument("--fresh-memory", action="store_true", help="let glibc give freed memory back")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="as `rlef train` does")
     arguments = parser.parse_args()
     if arguments.kind:
         print(json.dumps(measure(arguments.kind, arguments.tokens, arguments.vocab)))
         return
 
-    environment = {**os.environ, **({} if arguments.fresh_memory else KEEP_FREED_MEMORY)}
+    environment = {**os.environ, **(KEEP_FREED_MEMORY if arguments.keep_freed_memory else {})}
     sizes = ["--tokens", str(arguments.tokens), "--vocab", str(arguments.vocab)]
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for _ in range(arguments.repeats):

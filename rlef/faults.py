@@ -130,7 +130,7 @@ class Watch:
         if timed_out(error):
             limit = self._config.parallel.timeout_s
             return RunFault(
-                f"waited parallel.timeout_s = {limit} s in vain while {phase}{notes}, for "
+                f"waited in vain while {phase}{notes} (parallel.timeout_s = {limit} s), for "
                 f"{self._waited_for(phase)}: see what it said, raise parallel.timeout_s if it is only slow; "
                 f"{_CONTINUES}"
             )

@@ -28,6 +28,7 @@ from rlef.faults import (
     is_out_of_memory,
     slowest,
 )
+from rlef.launch import TOLD
 from rlef.megatron_policy import initialize
 from tests.distributed import run_ranks
 from tests.small_runs import Command, nothing_left_behind, read_lines, run_file, run_here
@@ -167,7 +168,7 @@ def wait_for_one_that_hangs() -> str:
 def test_a_process_that_waits_in_vain_says_for_whom_and_where_that_one_was_last(tmp_path: Path) -> None:
     line, _ = run_ranks(wait_for_one_that_hangs, ranks=2, folder=tmp_path)
     assert line.startswith(
-        "waited parallel.timeout_s = 2 s in vain while sharing the episodes of step 4, for "
+        "waited in vain while sharing the episodes of step 4 (parallel.timeout_s = 2 s), for "
         f"rank 1 on {socket.gethostname()} (sampling step 4): "
     )
 
@@ -201,3 +202,26 @@ def test_a_command_that_meets_a_fault_says_one_line_and_ends_with_1(
     (line,) = command.output.splitlines()
     assert line.startswith("rlef: error: out of memory while starting")
     assert "lower rollout.slots = 1000000000 or ppo.micro_batch_tokens = 16384" in line
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("memory", "rank 1 on {host}: out of memory while learning step 1: lower ppo.micro_batch_tokens"),
+        (
+            "sleep",
+            "rank 0 on {host}: waited in vain while sharing the episodes of step 1 (parallel.timeout_s = 4 s)",
+        ),
+    ],
+)
+def test_a_fault_of_one_process_ends_the_others_of_its_run(
+    fault: str, line: str, tmp_path: Path, random_model: Path
+) -> None:
+    with nothing_left_behind():
+        command = Command(["tests.faulty_run", str(tmp_path), str(random_model), fault], tmp_path / "log")
+        assert command.wait(timeout_s=120) in (1, TOLD)
+    told = [each for each in command.output.splitlines() if each.startswith("rlef: error: ")]
+    assert any(each.startswith("rlef: error: " + line.format(host=socket.gethostname())) for each in told)
+    assert "Traceback" not in command.output

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from threading import Thread
 from typing import Any, TypeVar
@@ -17,12 +18,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rlef.faults import RunFault
 from rlef.ports import StreamingSampler
 from rlef.records import Episode, Problem
 from rlef.rollout import Collection, CollectSettings
 from rlef.streaming import SAVED_EPISODES, SavedEpisode, episodes_of
 
 _T = TypeVar("_T")
+_NAMED = 5  # missing episodes that an error lists
+_CLOSING_S = 10.0  # a sampler that hangs is left to the end of the process
 
 
 class AsynchronousRollouts:
@@ -51,6 +55,7 @@ class AsynchronousRollouts:
         self._counted = (0, 0.0, 0.0)  # tests, seconds of sampling and of waiting, until the last step
         self._loop = asyncio.new_event_loop()
         self._device = device
+        self._timeout_s = settings["settings"].timeout_s
         self._thread = Thread(target=self._run, name="rollouts", daemon=True)
 
     def start(self, step: int, saved: str | None = None) -> None:
@@ -62,9 +67,18 @@ class AsynchronousRollouts:
     def take(self, step: int) -> Collection:
         """Wait for this process's episodes of a step.
 
-        Raises what ended an episode or the sampler, as SandboxFault.
+        Raises what ended an episode or the sampler, as SandboxFault; and RunFault, with the episodes that are
+        missing, after `rollout.timeout_s`: the limit is this thread's, since a sampler that hangs holds up
+        the other.
         """
-        episodes = self._in_loop(self._take(step))
+        numbers = list(self._problems_of(step)[1])
+        taken = self._begin_in_loop(self._take(step))
+        try:
+            episodes = taken.result(self._timeout_s)
+        except TimeoutError:
+            if taken.done():  # then it is not ours
+                raise
+            raise RunFault(self._missing(step, numbers)) from None
         made, before = self._episodes, self._counted
         self._counted = (made.tests_run, made.sampling_s, made.waiting_s)
         tests_run, sampling_s, executing_s = (
@@ -96,7 +110,10 @@ class AsynchronousRollouts:
         """End everything that is under way."""
         if not self._thread.is_alive():
             return
-        self._in_loop(self._end())
+        try:
+            self._begin_in_loop(self._end()).result(_CLOSING_S)
+        except TimeoutError:
+            return  # the thread is a daemon
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -107,7 +124,20 @@ class AsynchronousRollouts:
         self._loop.run_forever()
 
     def _in_loop(self, action: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(action, self._loop).result()
+        return self._begin_in_loop(action).result()
+
+    def _begin_in_loop(self, action: Coroutine[Any, Any, _T]) -> Future[_T]:
+        return asyncio.run_coroutine_threadsafe(action, self._loop)
+
+    def _missing(self, step: int, numbers: Sequence[int]) -> str:
+        states = {number: self._episodes.state_of(number) for number in numbers}
+        missing = [f"{number} {state}" for number, state in states.items() if state != "done"]
+        listed = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        return (
+            f"step {step + 1}: {len(missing)} of {len(numbers)} episodes are missing after "
+            f"rollout.timeout_s = {self._timeout_s} s (number and state: {listed}): a sampler or a program "
+            "hangs, or raise rollout.timeout_s"
+        )
 
     async def _call(self, function: Callable[[], _T]) -> _T:
         return function()
@@ -126,14 +156,15 @@ class AsynchronousRollouts:
             self._next_step += 1
 
     async def _take(self, step: int) -> list[Episode]:
-        tasks = self._begun.pop(step)
-        whole = asyncio.ensure_future(asyncio.gather(*tasks))
+        whole = asyncio.gather(*self._begun[step])
+        whole.add_done_callback(_retrieve)
         ended: set[asyncio.Future[Any]] = {whole, self._sampling}
         await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
         if not whole.done():
             whole.cancel()
             self._sampling.result()  # raises: else it never ends
         episodes = await whole
+        del self._begun[step]
         self._episodes.forget([episode.number for episode in episodes])
         return episodes
 
@@ -148,3 +179,9 @@ class AsynchronousRollouts:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._begun.clear()
         self._sampler.abort()
+
+
+def _retrieve(whole: asyncio.Future[Any]) -> None:
+    """What ended the episodes was told by whoever gave them up; asyncio would complain that nobody asked."""
+    if not whole.cancelled():
+        whole.exception()

@@ -24,7 +24,7 @@ import torch
 import torch.distributed
 
 from rlef.config import Config, ConfigError
-from rlef.files import sync, write_text
+from rlef.files import naming, sync, write_text
 from rlef.ports import ParallelState
 
 FORMAT = 1
@@ -125,9 +125,14 @@ class CheckpointStore:
         self._together(lambda: _require_loadable(dict(shared), "shared"))
         writing = self._directory / f".{_name(step)}.writing"
         self._on_first(lambda: self._make_room(writing))
-        own_file = self._together(lambda: _write(writing / _rank_name(self._rank), rank_state))
-        files = self._gather(own_file)
-        return self._on_first(lambda: self._publish(step, writing, files, shared))
+        try:
+            own_file = self._together(lambda: _write(writing / _rank_name(self._rank), rank_state))
+            files = self._gather(own_file)
+            return self._on_first(lambda: self._publish(step, writing, files, shared))
+        except CheckpointError:
+            if self._rank == 0:  # all have given up, and a full disk wants the room
+                shutil.rmtree(writing, ignore_errors=True)
+            raise
 
     def load_latest(self) -> Checkpoint | None:
         """The newest valid checkpoint, or None if there is none. A damaged one is logged and passed over.
@@ -222,7 +227,9 @@ class CheckpointStore:
         try:
             result = action()
         except OSError as error:
-            fault = CheckpointError(f"{error}: check the disk's free space and permissions")
+            fault = CheckpointError(
+                f"{error}: check the disk's free space and permissions; earlier checkpoints are whole"
+            )
         except ValueError as error:
             fault = error
         for met in self._gather(fault):
@@ -281,9 +288,14 @@ class _HashingFile:
         self._file = file
         self.bytes = 0
         self.hash = hashlib.sha256()
+        self.fault: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as fault:
+            self.fault = fault
+            raise
         self.bytes += len(data)
         self.hash.update(data)
         return len(data)
@@ -293,10 +305,16 @@ class _HashingFile:
 
 
 def _write(path: Path, state: Mapping[str, Any]) -> _File:
-    with path.open("wb") as file:
-        hashing = _HashingFile(file)
-        torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it only needs write and flush
-    sync(path)
+    with naming(path):
+        with path.open("wb") as file:
+            hashing = _HashingFile(file)
+            try:
+                torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it only needs write and flush
+            except RuntimeError:
+                if hashing.fault is None:
+                    raise
+                raise hashing.fault from None  # of which torch says only that a position is unexpected
+        sync(path)
     return _File(name=path.name, bytes=hashing.bytes, sha256=hashing.hash.hexdigest())
 
 

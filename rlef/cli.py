@@ -19,7 +19,7 @@ import click
 
 from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
 from rlef.files import write_text
-from rlef.launch import launched_by_torchrun, run_processes
+from rlef.launch import TOLD, launched_by_torchrun, run_processes
 from rlef_sandbox import Executor, SandboxFault
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -80,13 +80,13 @@ def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: b
         )
     if status == 0:
         _show_result(folder.path)
-    elif status != 2:  # which has said what to mend
+    elif status not in (2, TOLD):  # which have said what to mend
         click.echo(
             f"rlef: error: a process of the run ended with status {status}; "
             "the same command continues from the last checkpoint",
             err=True,
         )
-    sys.exit(status)
+    sys.exit(_of_command(status))
 
 
 @main.command("eval")
@@ -145,7 +145,7 @@ def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, 
     )
     if status == 0:
         click.echo(f"wrote {output}")
-    sys.exit(status)
+    sys.exit(_of_command(status))
 
 
 @main.command()
@@ -306,11 +306,21 @@ def _export(config: Config, folder: Any, output: Path, dtype: str, max_file_byte
 
 def _with_status(action: Callable[[], int]) -> int:
     from rlef.checkpoint import CheckpointError
+    from rlef.faults import RunFault, described
 
     try:
         return action()
     except (ConfigError, CheckpointError) as error:
         return _refuse(error)
+    except RunFault as fault:
+        if not fault.is_shared or os.environ.get("RANK", "0") == "0":
+            click.echo(f"rlef: error: {described(fault)}", err=True)
+        return TOLD if fault.is_own else 1
+
+
+def _of_command(status: int) -> int:
+    """What a shell or torchrun gets to see for what a process ended with."""
+    return 1 if status == TOLD else status
 
 
 def _refuse(error: ValueError) -> int:
@@ -328,7 +338,7 @@ def _train_under_torchrun(config: Config, resume: str) -> int:
     status = _with_status(lambda: train_under_torchrun(config, resume))
     if status == 0 and rank_is_first:
         _show_result(Path(config.run.output_dir) / config.run.name)
-    return status
+    return _of_command(status)
 
 
 def _show_result(path: Path) -> None:

@@ -45,6 +45,7 @@ class RunConfig(Section):
     output_dir: str = "runs"
     seed: NonNegativeInt = 1
     steps: PositiveInt = 3000  # paper: 12,000 updates (8B) of 4 a step
+    max_skipped_updates: NonNegativeInt = 8  # in a row, of one network, before the run ends; 0: no end
 
 
 class ModelConfig(Section):
@@ -86,6 +87,7 @@ class RolloutConfig(Section):
     slots: PositiveInt = 128  # sequences that the sampler decodes at once
     overlap: bool = False  # programs run while other episodes decode; results depend on the clock by rounding
     max_staleness: NonNegativeInt = 0  # versions that a token may be older than the weights it trains
+    timeout_s: PositiveInt = 3600  # of the wait for a step's episodes, where max_staleness is above 0
 
 
 class VllmConfig(Section):

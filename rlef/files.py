@@ -17,13 +17,25 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     writing = path.with_name(f".{path.name}.writing")
     try:
-        yield writing
-        sync(writing)
-        writing.replace(path)
+        with naming(path):
+            yield writing
+            sync(writing)
+            writing.replace(path)
     except BaseException:
         writing.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system from inside names the file: one that `write` meets does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

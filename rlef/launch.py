@@ -16,6 +16,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+TOLD = 3  # exit status of a process that has said what ended the run; the command's is 1
+
 _PR_SET_PDEATHSIG = 1
 # glibc would give the pages of each large tensor back and fault them in again for the next one. Keeping them
 # saves about a tenth of the CPU time of an update, and costs the peak of memory while the process lives.

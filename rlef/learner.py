@@ -6,6 +6,7 @@ It knows the three networks only as `ports.Network`; the mathematics is in `rewa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from rlef import losses
 from rlef.advantages import advantages_and_returns, turn_kl, whiten
 from rlef.config import PPOConfig, RewardConfig
+from rlef.faults import SkippedInARow, doing
 from rlef.packing import assign_to_ranks, pack, split_micro_batches
 from rlef.ports import Networks, ParallelState, UpdateStats
 from rlef.records import Batch, Episode
@@ -37,15 +39,24 @@ class _Scored:
 class Learner:
     """Turns episodes into updates of the policy and the value network."""
 
-    def __init__(self, networks: Networks, *, ppo: PPOConfig, rewards: RewardConfig) -> None:
+    def __init__(
+        self, networks: Networks, *, ppo: PPOConfig, rewards: RewardConfig, max_skipped_updates: int = 0
+    ) -> None:
+        """`max_skipped_updates` of one network in a row are too many; 0: none are."""
         self._networks = networks
         self._parallel = networks.parallel
         self._ppo = ppo
         self._rewards = rewards
+        self._skipped = SkippedInARow(max_skipped_updates)
+        self.scoring_s = 0.0  # of the last step, of this process, before it waits for others
 
     def step(self, episodes: Sequence[Episode], *, train_policy: bool = True) -> dict[str, float]:
-        """Learn from all episodes of a step; every rank passes the same ones. Metrics, equal on every
-        rank."""
+        """Learn from all episodes of a step; every rank passes the same ones. Metrics, equal on every rank.
+
+        Raises:
+            SkippedTooOftenError: too many updates in a row had a gradient that is not finite; on every rank.
+        """
+        self.scoring_s = 0.0
         rewarded = [replace(episode, rewards=turn_rewards(episode, self._rewards)) for episode in episodes]
         updates = [self._score(chunk) for chunk in _split_evenly(rewarded, self._ppo.updates_per_step)]
         metrics = _summarise(updates, self._parallel)
@@ -54,7 +65,9 @@ class Learner:
         for scored in updates:
             if train_policy:
                 policy_stats.append(self._update_policy(scored))
+                self._skipped.add("policy", skipped=policy_stats[-1].skipped)
             value_stats.append(self._update_value(scored))
+            self._skipped.add("value", skipped=value_stats[-1].skipped)
         return metrics | _average("policy", policy_stats) | _average("value", value_stats)
 
     def _score(self, episodes: Sequence[Episode]) -> list[_Scored]:
@@ -68,9 +81,14 @@ class Learner:
             )
             for group in groups
         ]
-        old_logprobs = self._networks.policy.forward(batches)
-        reference_logprobs = self._networks.reference.forward(batches)
-        values = self._networks.value.forward(batches)
+        started = time.monotonic()
+        with doing(f"scoring {_sizes(batches)}"):
+            old_logprobs = self._networks.policy.forward(batches)
+            reference_logprobs = self._networks.reference.forward(batches)
+            values = self._networks.value.forward(batches)
+            if self._parallel.device.type == "cuda":
+                torch.cuda.synchronize(self._parallel.device)  # else the seconds are those of the launches
+        self.scoring_s += time.monotonic() - started
         scored: list[_Scored] = []
         for batch, old, reference, value in zip(
             batches, old_logprobs, reference_logprobs, values, strict=True
@@ -111,7 +129,9 @@ class Learner:
                 group=self._parallel.tensor_parallel_group,
             )
 
-        return self._networks.policy.update([item.batch for item in scored], loss)
+        batches = [item.batch for item in scored]
+        with doing(f"updating the policy network by {_sizes(batches)}"):
+            return self._networks.policy.update(batches, loss)
 
     def _update_value(self, scored: Sequence[_Scored]) -> UpdateStats:
         count = self._total(item.old_values.numel() for item in scored)
@@ -127,7 +147,9 @@ class Learner:
                 normaliser=count,
             )
 
-        return self._networks.value.update([item.batch for item in scored], loss)
+        batches = [item.batch for item in scored]
+        with doing(f"updating the value network by {_sizes(batches)}"):
+            return self._networks.value.update(batches, loss)
 
     def _total(self, counts: Iterable[int]) -> float:
         """Added up over this rank's micro-batches and over all ranks."""
@@ -137,6 +159,12 @@ class Learner:
 def _split_evenly(episodes: Sequence[Episode], parts: int) -> list[Sequence[Episode]]:
     """`parts` interleaved shares, so that each has its part of every kind of problem."""
     return [episodes[part::parts] for part in range(parts)]
+
+
+def _sizes(batches: Sequence[Batch]) -> str:
+    """What memory depends on."""
+    largest = max((batch.token_ids.numel() for batch in batches), default=0)
+    return f"micro-batches: {len(batches)}, tokens of the largest: {largest:,}"
 
 
 def _sum_over_ranks(values: Sequence[float], parallel: ParallelState) -> list[float]:

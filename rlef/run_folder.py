@@ -19,12 +19,17 @@ from rlef.files import write_text
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
-# What may differ between a run and its continuation, because no weight and no figure depends on it.
+# What may differ between a run and its continuation, because no weight and no figure depends on it, or by
+# rounding alone and a run that was out of memory must be able to go on with less.
 _FREE_TO_CHANGE = {
     "run.steps",
     "run.output_dir",
     "run.name",
+    "run.max_skipped_updates",
     "parallel.timeout_s",
+    "rollout.slots",
+    "rollout.timeout_s",
+    "ppo.micro_batch_tokens",
     "vllm.memory_fraction",
     "executor.workers",
     "executor.allow_missing",

@@ -130,6 +130,15 @@ class Episodes:
             self._submit(self._under_way[number])
         self._wanted.set()
 
+    def state_of(self, number: int) -> str:
+        """What an episode waits for. May be asked from any thread."""
+        under_way = self._under_way.get(number)
+        if under_way is None:
+            return "not begun"
+        if under_way.is_done:
+            return "done"
+        return "sampling" if number in self._sampling else "executing"
+
     def forget(self, numbers: Sequence[int]) -> None:
         """Drop episodes that are done, which nobody will ask to save again."""
         for number in numbers:

@@ -34,7 +34,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlef.files import replacing
+from rlef.files import naming, replacing
 from rlef.records import StepStats
 
 METRICS_FILE = "metrics.jsonl"
@@ -116,10 +116,17 @@ class MetricsLog:
 
     def append(self, stats: StepStats) -> None:
         assert stats.step > self._last_step, f"step {stats.step} after step {self._last_step}"
-        with self._path.open("ab") as file:
-            file.write(_line(stats))
-            file.flush()
-            os.fsync(file.fileno())
+        with naming(self._path), self._path.open("ab", buffering=0) as file:
+            whole = file.seek(0, os.SEEK_END)
+            line = _line(stats)
+            try:
+                written = file.write(line)
+                while written < len(line):  # a disk that fills up takes a part, and refuses the next
+                    written += file.write(line[written:])
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(whole)
+                raise
         self._last_step = stats.step
 
 

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -28,6 +29,7 @@ from rlef.evaluate import (
     write_summary,
 )
 from rlef.families import read_shape
+from rlef.faults import Pace, SkippedTooOftenError, Watch, doing, not_finite
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks, initialize, leave
 from rlef.ports import Networks, SamplingParams
@@ -50,18 +52,20 @@ _EVALUATION, _CHECKPOINT = BETWEEN_STEPS
 def train(config: Config, folder: RunFolder) -> int:
     """Train as `config` says; every process of the job calls this. Returns the exit status."""
     with ExitStack() as stack:
+        watch = Watch(config)
+        stack.enter_context(watch.phase("starting or stopping"))
         stopping = stack.enter_context(_StopRequest())
-        run = Run(config, folder, stack)
+        run = Run(config, folder, stack, watch)
         step = run.resume()
         if step == 0 and not stopping.agreed():
             run.evaluate("start")
         while step < config.run.steps and not stopping.agreed():
             collection = run.collect(step)
             learned = run.learn(collection.episodes, step)
-            metrics = run.metrics(collection, step) | learned
+            metrics = run.metrics(collection, step) | learned | run.pace()
             step += 1
             run.push(step)
-            run.telemetry.step(StepStats(step=step, metrics=metrics))
+            run.record(StepStats(step=step, metrics=metrics))
             if step % config.checkpoint.every_steps == 0 or step == config.run.steps:
                 run.save(step)
             if config.evaluation.every_steps and step % config.evaluation.every_steps == 0:
@@ -97,9 +101,10 @@ def train_under_torchrun(config: Config, resume: str) -> int:
 class Run:
     """The parts of a run, built once, and what is done with several of them at a time."""
 
-    def __init__(self, config: Config, folder: RunFolder, stack: ExitStack) -> None:
+    def __init__(self, config: Config, folder: RunFolder, stack: ExitStack, watch: Watch) -> None:
         self._config = config
         self._folder = folder
+        self._watch = watch
         self._started = time.monotonic()
         model = model_folder(config.model.path)
         shape, weights = read_shape(model), StoredWeights(model)
@@ -118,7 +123,15 @@ class Run:
         )
         stack.callback(self.sampler.close)
         self.sampler.push(weights.tensors(), version=0)
-        self.learner = Learner(self.networks, ppo=config.ppo, rewards=config.rewards)
+        self.learner = Learner(
+            self.networks,
+            ppo=config.ppo,
+            rewards=config.rewards,
+            max_skipped_updates=config.run.max_skipped_updates,
+        )
+        self._pace = Pace(self.networks.parallel.device) if self.networks.parallel.world_size > 1 else None
+        self._own_s: dict[str, float] = {}  # of this process in the step's phases
+        self._checkpoint: Path | None = None  # the last one
         self._problems = sources.load(config, "train")
         self._origin = 0  # where in them step 0 began
         self._eval_problems = sources.load(config, "eval")
@@ -147,7 +160,7 @@ class Run:
         checkpoint = self._store.load(named) if named else self._store.load_latest()
         step = 0
         if checkpoint is not None:
-            step = checkpoint.step
+            step, self._checkpoint = checkpoint.step, checkpoint.path
             self.networks.policy.load_state_dict(checkpoint.rank_state["policy"])
             self.networks.value.load_state_dict(checkpoint.rank_state["value"])
             self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.episodes_per_step
@@ -169,34 +182,64 @@ class Run:
 
     def save(self, step: int) -> None:
         """Sampling draws from (seed, episode, position) alone, so there is no random state to keep."""
-        with self.telemetry.timer.phase(_CHECKPOINT), self._sampler_to_itself():
+        with (
+            self._watch.phase(f"saving step {step}"),
+            self.telemetry.timer.phase(_CHECKPOINT),
+            self._sampler_to_itself(),
+        ):
             rank_state: dict[str, Any] = {
                 "policy": dict(self.networks.policy.state_dict()),
                 "value": dict(self.networks.value.state_dict()),
             }
             if self._asynchronous is not None:
                 rank_state["rollouts"] = self._asynchronous.save()
-            self._store.save(step, rank_state, {"cursor": self._position(step), "seconds": self._seconds()})
+            shared = {"cursor": self._position(step), "seconds": self._seconds()}
+            self._checkpoint = self._store.save(step, rank_state, shared)
 
     def collect(self, step: int) -> Collection:
         """The episodes of a step, on all processes."""
         with self.telemetry.timer.phase("waiting"):
+            with self._watch.phase(f"sampling step {step + 1}"):
+                own = self._collect_own(step)
+            self._own_s = {"sampling": own.sampling_s, "executing": own.executing_s}
+            with self._watch.phase(f"sharing the episodes of step {step + 1}"):
+                return share_out(own)
+
+    def _collect_own(self, step: int) -> Collection:
+        rollout = self._config.rollout
+        problems, numbers = self._share(step)
+        with doing(f"episodes: {len(numbers)}, rollout.slots: {rollout.slots}"):
             if self._asynchronous is not None:
-                own = self._asynchronous.take(step)
-            else:
-                problems, numbers = self._share(step)
-                collect = collect_overlapped if self._config.rollout.overlap else collect_in_lockstep
-                own = collect(problems, numbers=numbers, **self._training_settings())
-            return share_out(own)
+                return self._asynchronous.take(step)
+            collect = collect_overlapped if rollout.overlap else collect_in_lockstep
+            return collect(problems, numbers=numbers, **self._training_settings())
 
     def push(self, step: int) -> None:
         """Give the samplers the weights after `step` steps, as that version."""
-        weights = self.networks.policy.named_weights()
-        (self._asynchronous or self.sampler).push(weights, version=step)
+        with self._watch.phase(f"publishing the weights of step {step}"):
+            weights = self.networks.policy.named_weights()
+            (self._asynchronous or self.sampler).push(weights, version=step)
 
     def learn(self, episodes: Sequence[Episode], step: int) -> dict[str, float]:
-        with self.telemetry.timer.phase("learning"):
-            return self.learner.step(episodes, train_policy=step >= self._config.ppo.value_warmup_steps)
+        train_policy = step >= self._config.ppo.value_warmup_steps
+        with self._watch.phase(f"learning step {step + 1}"), self.telemetry.timer.phase("learning"):
+            try:
+                return self.learner.step(episodes, train_policy=train_policy)
+            except SkippedTooOftenError as error:
+                raise not_finite(error, step=step + 1, checkpoint=self._checkpoint) from error
+
+    def pace(self) -> dict[str, float]:
+        """The process that others wait for most in this step, which is named if it is slow."""
+        if self._pace is None:
+            return {}
+        found = self._pace.compare(self._own_s | {"scoring": self.learner.scoring_s})
+        if found.is_slow:
+            self.telemetry.note(self._pace.describe(found))
+        return {"slowest_rank": float(found.rank), "slowest_rank_ratio": found.ratio}
+
+    def record(self, stats: StepStats) -> None:
+        with self._watch.phase(f"recording step {stats.step}"):
+            self.telemetry.step(stats)
 
     def metrics(self, collection: Collection, step: int) -> dict[str, float]:
         """Of a step that began with the weights of version `step`."""
@@ -217,7 +260,11 @@ class Run:
     def evaluate(self, phase: str) -> None:
         """Evaluate on the held-out problems; rank 0 writes `summary.json` and, at the end, the report."""
         config, path = self._config, self._folder.path
-        with self.telemetry.timer.phase(_EVALUATION), self._sampler_to_itself():
+        with (
+            self._watch.phase(f"evaluating ({phase})"),
+            self.telemetry.timer.phase(_EVALUATION),
+            self._sampler_to_itself(),
+        ):
             evaluation = evaluate(
                 self._eval_problems,
                 rollouts=self._evaluation_episodes,

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rlef import asynchronous
 from rlef import problems as sources
 from rlef.asynchronous import AsynchronousRollouts
 from rlef.config import ConfigError, RolloutConfig
+from rlef.faults import RunFault
 from rlef.ports import Request, SamplingParams
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import Dialog
@@ -205,6 +208,24 @@ def test_a_fault_of_the_sampler_is_raised_where_the_episodes_are_awaited(
         made.start(0)
         with pytest.raises(RuntimeError, match="out of memory"):
             made.take(0)
+
+
+def test_a_sampler_that_hangs_ends_the_wait_with_the_episodes_that_are_missing(
+    settings: CollectSettings, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken = Event()
+    monkeypatch.setattr(TorchSampler, "step", lambda _: woken.wait() and [])
+    monkeypatch.setattr(asynchronous, "_CLOSING_S", 0.2)
+    settings["settings"] = settings["settings"].model_copy(update={"timeout_s": 1})
+    with closing(rollouts(settings, problems, max_staleness=1)) as made:
+        made.start(0)
+        with pytest.raises(RunFault) as raised:
+            made.take(0)
+    woken.set()
+    assert str(raised.value).startswith(
+        "step 1: 4 of 4 episodes are missing after rollout.timeout_s = 1 s "
+        "(number and state: 0 sampling, 1 sampling, 2 sampling, 3 sampling)"
+    )
 
 
 def test_random_feedback_is_refused_with_the_settings_that_it_needs(tmp_path: Path) -> None:

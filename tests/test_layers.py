@@ -20,6 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "advantages",
             "families",
+            "faults",
             "losses",
             "packing",
             "plan_cluster",

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rlef.records import StepStats
 from rlef.telemetry import MetricsLog, PhaseTimer, Telemetry, read_metrics, sparkline
+from tests.small_runs import files_of_at_most
 
 
 class Clock:
@@ -114,6 +115,20 @@ def test_a_step_that_is_already_there_is_a_fault_of_ours(tmp_path: Path) -> None
     log = MetricsLog(tmp_path / "metrics.jsonl", completed_steps=4)
     with pytest.raises(AssertionError, match="step 4 after step 4"):
         log.append(stats(4))
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_it_as_it_was(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, completed_steps=0)
+    log.append(stats(1, kl=0.5))
+    before = path.read_bytes()
+    with files_of_at_most(len(before) + 5), pytest.raises(OSError, match=f"'{path}'$"):
+        log.append(stats(2, kl=0.25))
+    assert path.read_bytes() == before
+    log.append(stats(2, kl=0.25))
+    assert steps_of(path) == [1, 2]
 
 
 def test_a_line_that_is_not_ours_is_named(tmp_path: Path) -> None:

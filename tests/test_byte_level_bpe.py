@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection, Mapping, Sequence
 
 import pytest
 import regex
@@ -34,17 +35,15 @@ def built(splitting: str) -> Tokenizer:
     return build_tokenizer(TOKENS, MERGES, splitting=splitting, special=SPECIAL, user_defined=["<think>"])
 
 
-def twin(text: str, splitting: str) -> list[str]:
+def twin(text: str, splitting: str, tokens: Collection[str], merges: Sequence[str]) -> list[str]:
     """The tokens, by applying to each piece the earliest merge that it has a place for, again and again."""
     pieces = [text]
     for expression in EXPRESSIONS[splitting]:
         pieces = [part for piece in pieces for part in cut(piece, expression)]
-    spelling = bytes_to_unicode()
-    return [
-        token
-        for piece in pieces
-        for token in merged([spelling[byte] for byte in piece.encode("utf-8")], splitting)
-    ]
+    spelling, ranks = bytes_to_unicode(), {merge: rank for rank, merge in enumerate(merges)}
+    spelled = ["".join(spelling[byte] for byte in piece.encode("utf-8")) for piece in pieces]
+    whole = set(spelled).intersection(tokens) if splitting == "llama-bpe" else set()
+    return [token for word in spelled for token in ([word] if word in whole else merged(list(word), ranks))]
 
 
 def cut(text: str, expression: str) -> list[str]:
@@ -53,12 +52,10 @@ def cut(text: str, expression: str) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise([0, *bounds, len(text)]) if start < end]
 
 
-def merged(symbols: list[str], splitting: str) -> list[str]:
-    if splitting == "llama-bpe" and "".join(symbols) in TOKENS:
-        return ["".join(symbols)]
+def merged(symbols: list[str], ranks: Mapping[str, int]) -> list[str]:
     while True:
         pairs = [f"{left} {right}" for left, right in itertools.pairwise(symbols)]
-        best = min((pair for pair in pairs if pair in MERGES), key=MERGES.index, default=None)
+        best = min((pair for pair in pairs if pair in ranks), key=ranks.__getitem__, default=None)
         if best is None:
             return symbols
         place = pairs.index(best)
@@ -72,7 +69,7 @@ def test_a_text_becomes_the_tokens_of_the_twin(splitting: str, text: str) -> Non
     tokenizer.encode_special_tokens = True
     if splitting == "qwen2":
         text = normalizers.NFC().normalize_str(text)
-    assert tokenizer.encode(text).tokens == twin(text, splitting)
+    assert tokenizer.encode(text).tokens == twin(text, splitting, TOKENS, MERGES)
 
 
 @given(text=TEXTS)

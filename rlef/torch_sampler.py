@@ -120,8 +120,7 @@ class TorchSampler:
         self._active: list[_Row] = []
         self._streams: set[int] = set()  # of what waits or is active
         self._params: SamplingParams | None = None  # of what is under way
-        self._cached = _in_granules(self._context)
-        cache_shape = (slots, shape.num_key_value_heads, self._cached, shape.head_dim)
+        cache_shape = (slots, shape.num_key_value_heads, _in_granules(self._context), shape.head_dim)
         self._keys = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
         self._values = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
         cosine, sine = rotary_tables(shape, self._context)

@@ -38,7 +38,7 @@ test: $(ready) $(second) $(smollm2_file)
 test-vllm: $(vllm_ready)
 	$(vllm)/bin/python -m pytest -m vllm tests/test_vllm_sampler.py tests/test_samplers.py
 
-# Trains SmolLM2 for a few steps: minutes, and 12 GB of memory.
+# Trains SmolLM2 for a few steps: minutes, and 10 GB of memory.
 test-smollm2: $(ready) $(smollm2_file)
 	$(bin)/python -m pytest -m smollm2 tests/test_smollm2.py
 

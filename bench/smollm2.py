@@ -1,9 +1,9 @@
 """What a run of configs/smollm2.toml takes, and what its model gives at the start.
 
     make smollm2
-    .venv/bin/python bench/smollm2.py
+    .venv/bin/python bench/smollm2.py [SECTION.KEY=VALUE]...
 
-Runs the file as it stands, in a temporary folder, and watches the processes: the most memory that all hold
+Runs the file, but for these, in a temporary folder, and watches the processes: the most memory that all hold
 together (their proportional set sizes, so that shared pages count once), and the CPU time between the lines
 of metrics.jsonl, as machines are shared. Then one thread samples responses from the model, 8 and 32 at once.
 The last line is JSON.
@@ -67,9 +67,9 @@ def cpu_seconds(root: int) -> float:
     return ticks * TICK_S
 
 
-def run(folder: Path) -> dict[str, object]:
+def run(folder: Path, overrides: list[str]) -> dict[str, object]:
     """One run, watched."""
-    command = [sys.executable, "-m", "rlef", "train", str(CONFIG), f"run.output_dir={folder}"]
+    command = [sys.executable, "-m", "rlef", "train", str(CONFIG), f"run.output_dir={folder}", *overrides]
     metrics = folder / load_config(CONFIG).run.name / "metrics.jsonl"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started, peak, at_step = time.monotonic(), 0, []
@@ -123,11 +123,15 @@ def tokens_per_cpu_second(config: Config, slots: int) -> float:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE")
+    overrides = parser.parse_args().overrides
     with tempfile.TemporaryDirectory() as folder:
-        figures = run(Path(folder))
+        figures = run(Path(folder), overrides)
     torch.set_num_threads(1)
-    config = load_config(CONFIG)
+    config = load_config(CONFIG, overrides)
     speeds = {str(slots): round(tokens_per_cpu_second(config, slots), 1) for slots in (8, 32)}
     print(
         json.dumps(

@@ -49,7 +49,8 @@ TINY_RUN = [  # what takes the least time, but goes the whole way
     *("run.steps=2", "run.name=tiny", "checkpoint.every_steps=2"),
     *("rollout.episodes_per_step=2", "rollout.turns=1", "rollout.max_response_tokens=8"),
     *("evaluation.turns=1", "evaluation.bootstrap_samples=1"),
-    *("optimizer.lr=1e-4", "optimizer.value_lr=1e-4"),
+    *("optimizer.lr=1e-4", "optimizer.value_lr=1e-4", "optimizer.weight_decay=0"),
+    "ppo.normalise_advantages=false",  # over the one value of an update it leaves nothing to learn from
 ]
 
 

@@ -19,6 +19,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "advantages",
+            "execution",
             "families",
             "faults",
             "losses",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from math import isfinite
@@ -298,3 +298,15 @@ class Tally:
     retries: int = 0  # programs that went to another worker, with the tests that were left, because of that
     longest_s: float = 0.0  # of a program: wall clock from its first worker to its end, all tests
     alone_s: float = 0.0  # the longest that one program went on when all others had ended
+
+    @classmethod
+    def of_all(cls, tallies: Iterable[Tally]) -> Tally:
+        """Of executors side by side: counts add up, and of seconds the most is kept."""
+        each = list(tallies)
+        return cls(
+            programs=sum(tally.programs for tally in each),
+            restarts=sum(tally.restarts for tally in each),
+            retries=sum(tally.retries for tally in each),
+            longest_s=max((tally.longest_s for tally in each), default=0.0),
+            alone_s=max((tally.alone_s for tally in each), default=0.0),
+        )

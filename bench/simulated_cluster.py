@@ -32,7 +32,7 @@ from rlef.prompts import Dialog
 from rlef.records import Episode, Problem
 from rlef.rollout import Collection, CollectSettings, collect
 from rlef.streaming import collect_overlapped
-from rlef_sandbox import Executor, Job, Result, Test, Verdict
+from rlef_sandbox import Executor, Job, Result, Tally, Test, Verdict
 
 Schedule = Literal["lockstep", "overlap", "asynchronous"]
 
@@ -46,7 +46,8 @@ _PROBLEM = Problem(
     memory_limit_bytes=1 << 30,
     source="simulated",
 )
-_AWAKE = 6  # single decoding steps after an event: the event loop hands it on in several turns
+_AWAKE = 6  # short decoding steps after an event: the event loop hands it on in several turns
+_SHORTEST_S = 0.005  # of this machine: shorter ones would be too many for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +245,7 @@ class _Sampler:
     def __init__(self, cluster: Cluster, courses: Sequence[Course], dialog: Dialog, scale: float) -> None:
         self._slots = cluster.slots
         self._token_s = scale * cluster.token_s
+        self._shortest_s = max(self._token_s, _SHORTEST_S) if scale else 0.0
         self._push_s = scale * cluster.push_s
         self._courses = courses
         self._dialog = dialog
@@ -290,7 +292,7 @@ class _Sampler:
     def close(self) -> None: ...
 
     def wake(self) -> None:
-        """Somebody wants the thread that decodes: the next steps are single ones. From any thread."""
+        """Somebody wants the thread that decodes: the next steps are short. From any thread."""
         self._called.set()
 
     def _admit(self, stream: int) -> None:
@@ -305,11 +307,10 @@ class _Sampler:
             self._awake = _AWAKE
         if self._awake:
             self._awake -= 1
-            time.sleep(self._token_s)
+            time.sleep(self._shortest_s)
             return
         due = min([*self._ends.values(), *self.programs])
-        if self._called.wait(max(self._token_s, due - time.monotonic())):
-            time.sleep(self._token_s)
+        self._called.wait(max(self._shortest_s, due - time.monotonic()))
 
     def _respond(self, stream: int) -> Response:
         del self._ends[stream]
@@ -345,6 +346,9 @@ class _Executor:
         if self._sampler.is_awaited:
             self._sampler.wake()
         return [[_result(verdict)] for _, verdict in outcomes]
+
+    def take_tally(self) -> Tally:
+        return Tally()
 
     def _outcome(self, job: Job) -> tuple[float, Verdict]:
         """Seconds of this machine, and what the tests will say."""

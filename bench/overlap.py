@@ -117,19 +117,23 @@ def train(folder: Path, settings: Sequence[str]) -> list[Any]:
 
 
 def in_a_cluster(sizes: Sequence[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Per number of ranks, topology and schedule: the share of waiting and its bound."""
     dialog = Dialog.read(model_folder("embedded"), RolloutConfig())
     print(
-        "\n| ranks | topology | schedule | waiting | bound | machine's seconds a step |\n" + "|---" * 6 + "|"
+        "\n| ranks | topology | schedule | waiting | bound | for its own | without latencies |\n"
+        + "|---" * 7
+        + "|"
     )
     rows = []
     for ranks in sizes:
         whole = replace(STEP, samplers=ranks)
         apart = disaggregated(whole, trainers=max(1, round(ranks * TRAINERS)))
+        overhead_s = _overhead_s(whole, seeds[0], dialog)
         for topology, cluster in (("colocated", whole), ("disaggregated", apart)):
             for schedule in SCHEDULES:
                 if topology == "disaggregated" and schedule == "lockstep":
-                    continue
-                row = {"ranks": ranks, "topology": topology, "schedule": schedule}
+                    continue  # what overlaps with nothing is no reason to sample elsewhere
+                row = {"ranks": ranks, "topology": topology, "schedule": schedule, "overhead_s": overhead_s}
                 rows.append(row | _against_bound(_scheduled(cluster, schedule), seeds, dialog, ranks))
                 _print_row(rows[-1])
     return rows
@@ -143,7 +147,7 @@ def _scheduled(cluster: Cluster, schedule: str) -> Cluster:
 
 def _against_bound(cluster: Cluster, seeds: Sequence[int], dialog: Dialog, ranks: int) -> dict[str, Any]:
     """Shares of waiting, measured and least; and the smallest ratio of measured seconds to the bound's."""
-    scale = 0.1 * max(1.0, ranks / 128)  # so that this machine can keep pace
+    scale = _scale(ranks)
     learning_s = cluster.steps * (cluster.learning_s + cluster.push_s)
     shares, bounds, ratios, own, stale = [], [], [], [], []
     for seed in seeds:
@@ -155,7 +159,6 @@ def _against_bound(cluster: Cluster, seeds: Sequence[int], dialog: Dialog, ranks
         bounds.append(1 - learning_s / least)
         own.append(found.own_waiting_s / found.seconds)
         stale.append(found.staleness_max)
-    empty = simulate(cluster, courses, dialog, scale=0.0)
     return {
         "samplers": cluster.samplers,
         "waiting": _spread(shares),
@@ -164,13 +167,25 @@ def _against_bound(cluster: Cluster, seeds: Sequence[int], dialog: Dialog, ranks
         "least_over_bound": min(ratios),
         "staleness_max": max(stale),
         "scale": scale,
-        "machine_s_per_step": round(empty.seconds / cluster.steps / scale, 2),  # in the cluster's seconds
     }
 
 
+def _scale(ranks: int) -> float:
+    """How long a second of the cluster takes here, so that this machine can keep pace."""
+    return max(0.1, ranks / 2048)
+
+
+def _overhead_s(cluster: Cluster, seed: int, dialog: Dialog) -> float:
+    """What this machine alone takes for a step, in seconds of the cluster: everything but the latencies."""
+    courses = [Habits().course(seed, number) for number in range(cluster.steps * cluster.episodes)]
+    seconds = simulate(_scheduled(cluster, "max_staleness 1"), courses, dialog, scale=0.0).seconds
+    return round(seconds / cluster.steps / _scale(cluster.samplers), 2)
+
+
 def _print_row(row: dict[str, Any]) -> None:
-    shown = [row["ranks"], row["topology"], row["schedule"], _cell(row["waiting"]), _cell(row["bound"])]
-    print("| " + " | ".join(map(str, [*shown, row["machine_s_per_step"]])) + " |", flush=True)
+    shares = [_cell(row[name]) for name in ("waiting", "bound", "waiting_for_own")]
+    cells = [row["ranks"], row["topology"], row["schedule"], *shares, f"{row['overhead_s']} s a step"]
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def _spread(values: Sequence[float]) -> list[float]:

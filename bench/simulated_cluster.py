@@ -15,13 +15,13 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 from threading import Event
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -33,6 +33,8 @@ from rlef.records import Episode, Problem
 from rlef.rollout import Collection, CollectSettings, collect
 from rlef.streaming import collect_overlapped
 from rlef_sandbox import Executor, Job, Result, Tally, Test, Verdict
+
+_T = TypeVar("_T")
 
 Schedule = Literal["lockstep", "overlap", "asynchronous"]
 
@@ -189,7 +191,7 @@ class _Rank:
         )
         self._asynchronous: AsynchronousRollouts | None = None
         if cluster.schedule == "asynchronous":
-            self._asynchronous = AsynchronousRollouts(
+            self._asynchronous = _Rollouts(
                 self._settings,
                 problems_of=self._problems_of,
                 steps=cluster.steps,
@@ -205,14 +207,12 @@ class _Rank:
         """Seconds until this rank's episodes of a step are there, and the largest staleness in them."""
         asked = time.monotonic()
         self._sampler.is_awaited = True
-        self._sampler.wake()
         episodes = self._collect(step).episodes
         self._sampler.is_awaited = False
         assert [episode.number for episode in episodes] == list(self._cluster.numbers(self._rank, step))
         return time.monotonic() - asked, max(map(partial(_staleness, step), episodes))
 
     def push(self, version: int) -> None:
-        self._sampler.wake()
         (self._asynchronous or self._sampler).push([], version)
 
     def close(self) -> None:
@@ -229,6 +229,15 @@ class _Rank:
     def _problems_of(self, step: int) -> tuple[Sequence[Problem], Sequence[int]]:
         numbers = self._cluster.numbers(self._rank, step)
         return [_PROBLEM] * len(numbers), numbers
+
+
+class _Rollouts(AsynchronousRollouts):
+    """Whose trainer is heard between two tokens, though many are slept through at once."""
+
+    def _begin_in_loop(self, action: Coroutine[Any, Any, _T]) -> Future[_T]:
+        begun = super()._begin_in_loop(action)
+        cast("_Sampler", self._sampler).wake()
+        return begun
 
 
 def _staleness(step: int, episode: Episode) -> int:
@@ -283,7 +292,7 @@ class _Sampler:
         time.sleep(self._push_s)
         self._ends = {stream: end + self._push_s for stream, end in self._ends.items()}
         self._version = version
-        self._awake = 0
+        self._awake = _AWAKE  # the trainer is to hear that it is done
 
     def abort(self) -> list[tuple[int, Response]]:
         assert not self._ends, "a simulated run ends when everything is taken"

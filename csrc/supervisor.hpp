@@ -68,8 +68,8 @@ class Supervisor {
   public:
     /// Starts the workers for Python; `wait_until_ready` says when they are. Those for commands are started
     /// when there is a command to run. No more than `workers` of either kind are busy at once. Each gets a
-    /// cgroup below `memory_cgroup`, if that is not empty. One that has not reported `report_patience` after a
-    /// test's wall limit is replaced. Throws std::system_error.
+    /// cgroup below `memory_cgroup`, if that is not empty. One that has not reported `report_patience` after
+    /// a test's wall limit is replaced. Throws std::system_error.
     Supervisor(WorkerCommand for_python, WorkerCommand for_commands, unsigned workers,
                std::uint32_t allowed_missing, const std::string& memory_cgroup,
                std::chrono::nanoseconds report_patience);
@@ -113,7 +113,7 @@ class Supervisor {
         unsigned attempts;
         std::size_t first_test;                  // those before have their outcome
         std::shared_ptr<Check> check = nullptr;  // not null: the job's tests are run, and are to be checked
-        Clock::time_point begun{};  // when a worker was first given it
+        Clock::time_point begun{};               // when a worker was first given it
 
         ProgramKind kind() const { return check ? check->job.kind : batch->jobs[index].kind; }
     };

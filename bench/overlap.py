@@ -94,7 +94,8 @@ def on_this_machine(rounds: int) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 steps = [stats.metrics for stats in train(Path(folder), settings)][FILLING:]
             seconds[name].append(statistics.mean(step["seconds"] for step in steps))
-            waiting[name].append(sum(step["seconds/waiting"] for step in steps) / len(steps))
+            waiting[name].append(statistics.mean(step["seconds/waiting"] for step in steps))
+            print(f"{name}: {seconds[name][-1]:.2f} s a step, waiting {waiting[name][-1]:.2f} s", flush=True)
     print("\n| on this machine | seconds a step | against lockstep | waiting |\n|---|---|---|---|")
     rows = []
     for name in SCHEDULES:

@@ -1,5 +1,4 @@
-"""`python -m tests.killed_run train CONFIG ...` under torchrun: `rlef`, of which three attempts lose a
-rank, while it samples, learns and saves."""
+"""`rlef` under torchrun, of which three attempts lose a rank: while it samples, learns and saves."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ DEATHS = {
 }
 
 
-if __name__ == "__main__":
+def main() -> None:
     place = (int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"]))
     DEATHS.get(place, lambda: None)()
     cli.main()

@@ -21,13 +21,12 @@ class Node:
     holder: int  # process id of the one that waits in it
     address: str
 
-    @property
-    def entering(self) -> list[str]:
-        """What to start a command by."""
-        return ["nsenter", f"--net=/proc/{self.holder}/ns/net"]
+    def inside(self, *command: str) -> list[str]:
+        """The command that runs `command` there."""
+        return ["nsenter", f"--net=/proc/{self.holder}/ns/net", *command]
 
     def ip(self, *words: str) -> str:
-        return _run([*self.entering, "ip", *words])
+        return _run(self.inside("ip", *words))
 
     def cut_off(self) -> None:
         self.ip("link", "set", LINK, "down")
@@ -37,7 +36,7 @@ class Node:
 
     def bytes_sent(self) -> int:
         """Over the link, so far."""
-        return int(_run([*self.entering, "cat", "/proc/net/dev"]).split(f"{LINK}:")[1].split()[8])
+        return int(_run(self.inside("cat", "/proc/net/dev")).split(f"{LINK}:")[1].split()[8])
 
 
 @contextmanager

@@ -107,17 +107,17 @@ class Command:
         arguments: Sequence[str],
         log: Path,
         *,
-        entering: Sequence[str] = (),
+        program: Sequence[str] = (sys.executable, "-m"),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`entering` is what to run Python by, such as nsenter; `environment` is set besides."""
+        """`environment` is set besides."""
         self._log = log
         without_job = {
             name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
         }
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*entering, sys.executable, "-m", *arguments],
+                [*program, *arguments],
                 env=without_job | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
+import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.networks import LINK, Node, two_nodes
-from tests.small_runs import Command, children, nothing_left_behind, read_lines, run_file
+from tests.small_runs import Command, nothing_left_behind, read_lines, run_file
 from tests.test_train import differences, saved, untimed
 
 STEPS = 4
 SETTINGS = (f"run.steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep=9")
+ONE_NODE = ("--standalone", "--nproc-per-node", "2")
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 TIMEOUT_S = 20  # of a collective, and of the agents' store
 AGENTS_WAIT_S = 300  # for a node that is away
@@ -28,11 +27,11 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes that is left in peace, started without torchrun."""
+    """A run of two processes that is left in peace."""
     folder = tmp_path_factory.mktemp("whole")
-    arguments = ["rlef", "train", str(run_file(folder)), "run.name=whole", "parallel.processes=2", *SETTINGS]
+    arguments = ["tests.elastic", *ONE_NODE, "-m", "rlef.cli", "train", str(run_file(folder)), *SETTINGS]
     with nothing_left_behind():
-        command = Command(arguments, folder / "log")
+        command = Command([*arguments, "run.name=whole"], folder / "log")
         assert command.wait() == 0, command.output
     return folder / "whole"
 
@@ -52,10 +51,6 @@ def assert_nothing_shows(run: Path, whole: Path) -> None:
         assert figures[phase] == wanted[phase]
 
 
-def torchrun(*words: str) -> list[str]:
-    return ["torch.distributed.run", *words]
-
-
 def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("rlef: error: ")]
 
@@ -71,9 +66,7 @@ class Killed:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Killed:
     """One torchrun; a rank is killed while it samples, another while it learns, and one while it saves."""
     folder = tmp_path_factory.mktemp("killed")
-    arguments = torchrun(
-        "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "tests.killed_run"
-    )
+    arguments = ["tests.elastic", *ONE_NODE, "--max-restarts", "3", "-m", "tests.killed_run"]
     arguments += ["train", str(run_file(folder)), "--resume", "never", "run.name=killed", *SETTINGS]
     with nothing_left_behind():
         command = Command(arguments, folder / "log", environment=OWN_STORE)
@@ -127,14 +120,14 @@ def cut_off(tmp_path_factory: pytest.TempPathFactory) -> CutOff:
 
     def start(node: Node, *, is_host: bool) -> Command:
         conf = f"is_host={is_host},read_timeout={4 * TIMEOUT_S},join_timeout={AGENTS_WAIT_S}"
-        arguments = torchrun("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "9")
+        arguments = ["tests.elastic", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "9"]
         arguments += ["--rdzv-backend", "c10d", "--rdzv-id", "nodes", "--rdzv-conf", conf]
         arguments += ["--rdzv-endpoint", f"{nodes[0].address}:29500", "--local-addr", node.address]
-        arguments += ["-m", "rlef", "train", str(settings), "run.name=nodes", *SETTINGS]
+        arguments += ["-m", "rlef.cli", "train", str(settings), "run.name=nodes", *SETTINGS]
         return Command(
             [*arguments, f"parallel.timeout_s={TIMEOUT_S}"],
             folder / f"log-{node.address}",
-            entering=node.entering,
+            program=node.inside(sys.executable, "-m"),
             environment=OWN_STORE | {"GLOO_SOCKET_IFNAME": LINK},
         )
 
@@ -175,42 +168,15 @@ def test_both_sides_of_a_cut_end_their_attempt_in_time_and_name_whom_they_waited
     assert cut_off.seconds < 2 * TIMEOUT_S + 10
 
 
-def test_sigterm_to_torchrun_saves_and_no_program_that_runs_is_blamed(tmp_path: Path) -> None:
-    """A scheduler may send it to the processes as well, which then hear of it twice."""
-    with nothing_left_behind():
-        arguments = torchrun("--standalone", "--nproc-per-node", "1", "-m", "rlef", "train")
-        command = Command([*arguments, str(run_file(tmp_path)), "run.steps=10000"], tmp_path / "log")
-        command.wait_until_step(1)
-        for pid in (*children(command.process.pid), command.process.pid):
-            os.kill(pid, signal.SIGTERM)
-        assert command.wait() == 1  # torchrun's own, whatever its processes end with
-    stopped = len(read_lines(tmp_path / "small" / "metrics.jsonl"))
-    assert f"stopped and saved after step {stopped} of 10000; --resume auto continues" in command.output
-    assert errors(command.output) == []
-
-
-def test_processes_die_with_a_torchrun_that_is_killed(tmp_path: Path) -> None:
-    with nothing_left_behind():
-        arguments = torchrun("--standalone", "--nproc-per-node", "1", "-m", "rlef", "train")
-        command = Command([*arguments, str(run_file(tmp_path)), "run.steps=10000"], tmp_path / "log")
-        command.wait_until_step(1)
-        command.process.kill()
-        command.wait()
-
-
-def assert_refused(folder: Path, arguments: Sequence[str], message: str) -> None:
-    command = Command([*arguments, "train", str(run_file(folder))], folder / "log")
-    assert command.wait() == 1
-    assert errors(command.output) == [message] * 2
-    assert not (folder / "small").exists()
-
-
 def test_restarts_that_would_find_the_store_of_the_attempt_before_are_refused(tmp_path: Path) -> None:
     """Each attempt says so: torchrun starts again whatever the status."""
+    arguments = ["torch.distributed.run", "--standalone", "--nproc-per-node", "1", "--max-restarts", "1"]
     with nothing_left_behind():
-        assert_refused(
-            tmp_path,
-            torchrun("--standalone", "--nproc-per-node", "1", "--max-restarts", "1", "-m", "rlef"),
-            "rlef: error: torchrun --max-restarts 1 would start processes that look for ended ones: export "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each node, with --standalone or --rdzv-backend c10d",
-        )
+        command = Command([*arguments, "-m", "rlef", "train", str(run_file(tmp_path))], tmp_path / "log")
+        assert command.wait() == 1
+    line = (
+        "rlef: error: torchrun --max-restarts 1 would start processes that look for ended ones: export "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each node, with --standalone or --rdzv-backend c10d"
+    )
+    assert errors(command.output) == [line, line]
+    assert not (tmp_path / "small").exists()

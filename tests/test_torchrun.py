@@ -17,7 +17,7 @@ from tests.test_train import differences, saved, untimed
 
 STEPS = 4
 SETTINGS = (f"run.steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep=9")
-ONE_NODE = ("--standalone", "--nproc-per-node", "2")
+ONE_NODE = ("--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 TIMEOUT_S = 20  # of a collective, and of the agents' store
 AGENTS_WAIT_S = 300  # for a node that is away

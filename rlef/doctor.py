@@ -41,19 +41,7 @@ FEW_FILES = 4096
 SMALL_SHARED_MEMORY = 1 << 30
 MEMORY_OF_A_PROCESS = 1 << 30  # before it holds a model: torch and megatron-core, imported
 CLOCKS_APART_S = 5.0
-OF_ONE_MACHINE = {
-    "btrfs",
-    "ext2",
-    "ext3",
-    "ext4",
-    "f2fs",
-    "overlay",
-    "ramfs",
-    "squashfs",
-    "tmpfs",
-    "xfs",
-    "zfs",
-}
+OF_ONE_MACHINE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}  # file systems
 
 
 class Level(StrEnum):
@@ -252,8 +240,8 @@ def file_system(place: Path) -> str:
 
 
 def spans_nodes(config: Config) -> bool:
-    """Whether the run has more processes than this machine has GPUs; without GPUs, than it has cores."""
-    return config.parallel.processes > (torch.cuda.device_count() or len(os.sched_getaffinity(0)))
+    """Whether the run has more processes than this machine has GPUs."""
+    return 0 < torch.cuda.device_count() < config.parallel.processes
 
 
 def limits(infiniband: Path = Path("/dev/infiniband")) -> Iterator[Finding]:
@@ -325,14 +313,14 @@ def gpus() -> Iterator[Finding]:
 def layout(config: Config) -> Iterator[Finding]:
     """Whether the processes divide over this machine's GPUs, and tensor parallel ranks stay on one."""
     count, parallel = torch.cuda.device_count(), config.parallel
-    if count and parallel.processes > count and parallel.processes % count:
+    if spans_nodes(config) and parallel.processes % count:
         yield Finding(
             level=Level.WARNING,
             subject="processes",
             found=f"parallel.processes = {parallel.processes} is no multiple of this node's {count} GPUs",
             mend="one process per GPU: name a multiple of them",
         )
-    if count and parallel.tensor > count:
+    if 0 < count < parallel.tensor:
         yield Finding(
             level=Level.WARNING,
             subject="tensor parallel",
@@ -392,12 +380,10 @@ def interfaces() -> Iterator[Finding]:
 
 
 def _is_up(interface: Path) -> bool:
-    """Loop-backs have no carrier to speak of."""
+    """A loop-back's state is always unknown."""
     flags = int((interface / "flags").read_text(encoding="ascii"), 16)
-    return bool(flags & 1) and (interface / "operstate").read_text(encoding="ascii").strip() in {
-        "up",
-        "unknown",
-    }
+    state = (interface / "operstate").read_text(encoding="ascii").strip()
+    return bool(flags & 1) and state in {"up", "unknown"}
 
 
 def collectives() -> Iterator[Finding]:

@@ -53,10 +53,9 @@ def torchrun_agent() -> str:
     """A name of the torchrun that started this process, which no other one has, of any machine or time."""
     agent = os.getppid()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    fields = (
-        Path(f"/proc/{agent}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    )
-    return f"{boot} {agent} {fields[19]}"  # started so many ticks after the boot
+    status = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8", errors="replace")
+    started = status.rpartition(")")[2].split()[19]  # in ticks after the boot
+    return f"{boot} {agent} {started}"
 
 
 def run_processes(

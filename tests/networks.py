@@ -63,7 +63,6 @@ def _holder() -> Iterator[int]:
         process.stdin.flush()
         assert process.stdout.readline() == b"entered\n", "no network namespace can be made; be root"
         yield process.pid
-        process.stdin.close()
 
 
 def _run(command: Sequence[str]) -> str:

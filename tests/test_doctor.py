@@ -125,12 +125,14 @@ def test_processes_that_cannot_meet_are_a_fault_and_threads_stay_as_they_were(
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
-def test_a_folder_of_one_machine_is_a_warning_for_a_run_on_several(tmp_path: Path) -> None:
-    settings = (f"rollout.episodes_per_step={1 << 20}", f"parallel.processes={1 << 18}")
-    (found,) = [each for each in doctor.shared_folder(config(tmp_path, *settings)) if each.mend]
+def test_a_folder_of_one_machine_is_a_warning_for_a_run_on_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    (found,) = [each for each in doctor.shared_folder(config(tmp_path, "parallel.processes=16")) if each.mend]
     assert (found.level, found.subject) == (Level.WARNING, "shared folder")
     assert f"is on {doctor.file_system(tmp_path)}, a file system of this machine alone" in found.found
-    assert [each.mend for each in doctor.shared_folder(config(tmp_path, "parallel.processes=1"))] == ["", ""]
+    assert [each.mend for each in doctor.shared_folder(config(tmp_path, "parallel.processes=8"))] == ["", ""]
 
 
 def test_a_file_system_is_that_of_the_innermost_mount() -> None:
@@ -201,11 +203,11 @@ def test_a_name_that_other_nodes_cannot_reach_is_a_warning_where_there_are_other
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    settings = (f"rollout.episodes_per_step={1 << 20}", f"parallel.processes={1 << 18}")
-    found = only(list(doctor.host_name(config(tmp_path, *settings))))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    found = only(list(doctor.host_name(config(tmp_path, "parallel.processes=16"))))
     assert found.level is Level.WARNING
     assert "--local-addr" in found.mend
-    assert only(list(doctor.host_name(config(tmp_path, "parallel.processes=1")))).level is Level.GOOD
+    assert only(list(doctor.host_name(config(tmp_path, "parallel.processes=8")))).level is Level.GOOD
 
 
 @pytest.mark.parametrize(

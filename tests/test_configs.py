@@ -105,6 +105,9 @@ def test_the_layout_of_a_run_file_fits_80_gb_and_the_trainer_can_run_it(name: st
     found, parallel = planned(name), load_config(file_of(name))
     assert found.fits
     assert not found.missing
+    text = file_of(name).read_text()
+    assert f"{found.memory.total / 1e9:.0f} of 80 GB a GPU" in text
+    assert f"{found.time.total:.0f} s a step" in text
     share = (found.memory.sampler_weights + found.memory.kv_cache) / GPUS["H100"].memory_bytes
     assert 0 <= parallel.vllm.memory_fraction - share < 0.02
 

@@ -19,7 +19,7 @@ import click
 
 from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
 from rlef.files import write_text
-from rlef.launch import TOLD, launched_by_torchrun, run_processes
+from rlef.launch import TOLD, die_with_parent, launched_by_torchrun, require_restartable, run_processes
 from rlef_sandbox import SandboxFault
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -60,6 +60,7 @@ def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: b
     from rlef.run_folder import only_one_run, open_run_folder
 
     config = load_config(config_file, (*overrides, *_given_by_torchrun()))
+    require_restartable()
     check_inputs(config)
     if dry_run:
         click.echo(json.dumps(config.model_dump(mode="json"), indent=2))
@@ -358,10 +359,15 @@ def _train_under_torchrun(config: Config, resume: str) -> int:
     """Rank 0 opens the run's folder for all."""
     from rlef.train import train_under_torchrun
 
+    die_with_parent(os.getppid())
     rank_is_first = os.environ["RANK"] == "0"
     status = _with_status(lambda: train_under_torchrun(config, resume))
     if status == 0 and rank_is_first:
         _show_result(Path(config.run.output_dir) / config.run.name)
+    if status == TOLD:
+        # A thread may still ask a store that does not answer, and the interpreter would abort over it.
+        sys.stderr.flush()
+        os._exit(_of_command(status))
     return _of_command(status)
 
 

@@ -30,8 +30,10 @@ FLOORS: tuple[frozenset[str], ...] = (
             "solve_rate",
         }
     ),
-    frozenset({"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}),
-    frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model"}),
+    frozenset(
+        {"analysis", "attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}
+    ),
+    frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
     frozenset({"weights"}),
     frozenset(
         {

@@ -52,7 +52,7 @@ _FEEDBACK: Mapping[str, FeedbackKind] = {
     SINGLE_TURN: "none",
 }
 CONDITIONS = tuple(_FEEDBACK)
-_SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training draws
+SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training draws
 _BROWSED = ("true_feedback", "random_feedback")  # conditions whose dialogs go into the report
 
 
@@ -113,7 +113,7 @@ def evaluate(
     """
     started = time.monotonic()
     settings, turns = config.evaluation, config.evaluation.turns
-    seed = config.run.seed + _SEED_OFFSET
+    seed = config.run.seed + SEED_OFFSET
     params = SamplingParams(
         temperature=settings.temperature,
         top_p=settings.top_p,

@@ -19,6 +19,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "advantages",
+            "charts",
+            "chat_server",
             "families",
             "faults",
             "losses",
@@ -42,13 +44,25 @@ FLOORS: tuple[frozenset[str], ...] = (
             "plan_time",
             "report",
             "rollout",
+            "measurement",
             "torch_policy",
             "torch_sampler",
             "vllm_sampler",
         }
     ),
-    frozenset({"doctor", "evaluate", "plan", "pretrain", "samplers", "streaming"}),
-    frozenset({"asynchronous", "plan_report", "standalone"}),
+    frozenset(
+        {
+            "doctor",
+            "evaluate",
+            "evaluation_folder",
+            "plan",
+            "pretrain",
+            "samplers",
+            "served_rollouts",
+            "streaming",
+        }
+    ),
+    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
     frozenset({"train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
@@ -60,6 +74,8 @@ DOORS = {
     "vllm": {"vllm_sampler"},
     "flash_attn": {"attention"},
     "transformers": set(),
+    "openai": {"chat_server"},
+    "sacrebleu": {"analysis"},
     "triton": {path.stem for path in (ROOT / "kernels" / "rlef_kernels").glob("_*_triton.py")},
 }
 

@@ -54,6 +54,7 @@ def render_page(name: str, figures: Mapping[str, Any]) -> str:
         charts=[_chart(way, group) for way, group in _by_way(cells).items()],
         details=[cell for cell in cells if cell["turn_limit"] == longest],
         outcome_order=[outcome.value for outcome in reversed(TurnOutcome)],
+        kind=_kind,
         way=_way,
     )
 
@@ -120,7 +121,7 @@ def _chart(way: str, cells: Sequence[dict[str, Any]]) -> tuple[str, markupsafe.M
             linewidth=2,
             marker="o",
             markersize=4,
-            label=f"{feedback} feedback",
+            label=_kind(feedback),
         )
         low, high = ([rate[bound] for _, rate in points] for bound in ("low", "high"))
         axes.fill_between(limits, low, high, color=SERIES[place], alpha=0.15, linewidth=0)
@@ -134,6 +135,10 @@ def _chart(way: str, cells: Sequence[dict[str, Any]]) -> tuple[str, markupsafe.M
 def _model_name(identity: Mapping[str, Any]) -> str:
     model = identity["model"]
     return f"{model['name']} at {model['url']}" if isinstance(model, dict) else str(model)
+
+
+def _kind(feedback: str) -> str:
+    return "no feedback" if feedback == "none" else f"{feedback} feedback"
 
 
 def _way(cell: Mapping[str, Any]) -> str:

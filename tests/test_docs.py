@@ -86,7 +86,9 @@ def allowed_values(schema: dict[str, Any]) -> str:
     if schema["type"] == "string":
         return "name" if "pattern" in schema else "text"
     if schema["type"] == "array":
-        return "list of names"
+        of_names = "enum" in schema["items"] or schema["items"].get("type") == "string"
+        of = "tables" if "$ref" in schema["items"] else "names" if of_names else "integers"
+        return f"list of {of}"
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
     return f"{schema['type']} {bounds}".strip()

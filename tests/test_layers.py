@@ -19,8 +19,10 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "advantages",
+            "byte_level_bpe",
             "charts",
             "chat_server",
+            "chat_template",
             "families",
             "faults",
             "losses",
@@ -55,6 +57,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "doctor",
             "evaluate",
             "evaluation_folder",
+            "gguf_import",
             "plan",
             "pretrain",
             "samplers",
@@ -73,6 +76,7 @@ DOORS = {
     "megatron": {"megatron_policy", "megatron_cpu", "weights"},
     "vllm": {"vllm_sampler"},
     "flash_attn": {"attention"},
+    "gguf": {"gguf_import"},
     "transformers": set(),
     "openai": {"chat_server"},
     "sacrebleu": {"analysis"},

@@ -142,10 +142,10 @@ def _evaluate_matrix(config: Config, folder: Path) -> dict[str, Any]:
 
     from rlef.chat_server import ServerFault, check_server
     from rlef.evaluation_page import PAGE_FILE, matrix_table, write_page
-    from rlef.measurement import check_matrix, with_longest_dialogs
+    from rlef.measurement import at_its_extremes, check_matrix
     from rlef.standalone import evaluate_matrix
 
-    config = with_longest_dialogs(config)
+    config = at_its_extremes(config)
     check_matrix()
     if config.server.url:
         check_server(config.server)

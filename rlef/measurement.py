@@ -80,10 +80,13 @@ class Rate:
     samples: int
 
 
-def with_longest_dialogs(config: Config) -> Config:
-    """The settings for dialogs of the largest turn limit, which the model's context must hold."""
-    turns = max(config.evaluation.turn_limits)
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"turns": turns})})
+def at_its_extremes(config: Config) -> Config:
+    """The settings with the most turns and the least temperature above 0 of the matrix: what checks that know
+    one of each must look at, and what a sampler must hold."""
+    evaluation = config.evaluation
+    warm = [budget.temperature for budget in evaluation.budgets if budget.temperature]
+    extremes = {"turns": max(evaluation.turn_limits), "temperature": min(warm, default=0.0)}
+    return config.model_copy(update={"evaluation": evaluation.model_copy(update=extremes)})
 
 
 def check_matrix() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from rlef.analysis import Repairs
 from rlef.config import Budget, Config, EvaluationConfig, FeedbackKind
-from rlef.measurement import Cell, Draw, draws_of, measure, rates_of, with_longest_dialogs
+from rlef.measurement import Cell, Draw, at_its_extremes, draws_of, measure, rates_of
 from rlef.transcripts import Transcript
 from tests.evaluation_examples import PASSED, RAISED, WRONG, transcript
 
@@ -132,6 +132,9 @@ def test_the_same_figure_has_the_same_interval() -> None:
     assert rates["1@3"].low < rates["1@3"].value < rates["1@3"].high
 
 
-def test_the_context_must_hold_the_longest_dialogs() -> None:
-    config = with_longest_dialogs(Config(evaluation=evaluation(limits=(1, 7, 3))))
-    assert config.evaluation.turns == 7
+def test_checks_look_at_the_longest_dialogs_and_the_least_warm_ones() -> None:
+    budgets = [ONE.model_copy(update={"temperature": temperature}) for temperature in (0.0, 0.7, 0.3)]
+    config = at_its_extremes(Config(evaluation=evaluation(*budgets, limits=(1, 7, 3))))
+    assert (config.evaluation.turns, config.evaluation.temperature) == (7, 0.3)
+    cold = at_its_extremes(Config(evaluation=evaluation(budgets[0])))
+    assert cold.evaluation.temperature == 0.0

@@ -20,6 +20,7 @@ from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError, RolloutConfig
 from rlef.evaluate import SEED_OFFSET, evaluate, summarise
 from rlef.evaluation_folder import EvaluationFolder, Play, figures_of, identity_of, weights_digest
+from rlef.execution import open_executor
 from rlef.families import read_config, read_shape, with_dtype
 from rlef.measurement import draws_of, measure
 from rlef.megatron_policy import build_policy, leave
@@ -127,7 +128,7 @@ def _model(config: Config) -> Iterator[_Model]:
     dialog = Dialog.read(folder, config.rollout)
     with (
         closing(build_sampler(config, folder, shape, end_token_id=dialog.end_token_id)) as sampler,
-        _executor(config) as executor,
+        open_executor(config.executor) as executor,
     ):
         sampler.push(weights.items(), version=0)
         yield _Model(sampler=sampler, executor=executor, dialog=dialog, rollout=config.rollout)
@@ -141,16 +142,8 @@ def _transcribed_model(config: Config) -> Iterator[Play]:
 
 @contextmanager
 def _server(config: Config) -> Iterator[Play]:
-    with closing(ChatServer(config.server)) as server, _executor(config) as executor:
+    with closing(ChatServer(config.server)) as server, open_executor(config.executor) as executor:
         yield functools.partial(collect_served, server=server, executor=executor, settings=config.rollout)
-
-
-def _executor(config: Config) -> Executor:
-    return Executor(
-        workers=config.executor.workers or None,
-        allow_missing=config.executor.allow_missing,
-        memory_cgroup=config.executor.memory_cgroup or None,
-    )
 
 
 def export_policy(config: Config, folder: RunFolder, output: Path, *, dtype: str, max_file_bytes: int) -> int:

@@ -23,6 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "charts",
             "chat_server",
             "chat_template",
+            "execution",
             "families",
             "faults",
             "losses",

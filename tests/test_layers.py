@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
     frozenset({"config", "files", "records"}),
-    frozenset({"ports"}),
+    frozenset({"judging", "ports"}),
     frozenset(
         {
             "advantages",

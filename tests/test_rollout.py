@@ -13,7 +13,7 @@ from rlef.ports import Request, Response, SamplingParams
 from rlef.pretrained import model_folder
 from rlef.prompts import Dialog
 from rlef.records import Episode, Problem, TurnOutcome
-from rlef.rollout import Collection, collect, limits_of
+from rlef.rollout import Collection, collect
 from rlef.streaming import collect_overlapped
 from rlef_sandbox import Executor, SandboxFault, Test
 
@@ -236,13 +236,6 @@ def test_tests_run_counts_the_private_ones_up_to_the_first_failure(run: Run) -> 
     assert run([DOUBLE])[0].tests_run == 2 + 2
     assert run([SQUARE])[0].tests_run == 2 + 1
     assert run(["no idea"], turns=1)[0].tests_run == 0
-
-
-def test_the_problems_limits_hold_and_the_wall_clock_is_the_looser_one() -> None:
-    limits = limits_of(problem())
-    assert limits.cpu_s == 2.0
-    assert limits.wall_s == 6.0
-    assert limits.memory_bytes == 1 << 28
 
 
 def test_a_fault_of_the_sandbox_is_raised_and_not_scored(dialog: Dialog) -> None:

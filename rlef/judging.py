@@ -18,47 +18,61 @@ from rlef_sandbox import Call, Checker, Command, Job, Judge, Limits, Result, Tes
 
 CHECKER_LIMITS = Limits(cpu_s=60.0, memory_bytes=2 << 30)
 
-_EVALUATE, _ASSERT = "rlef_evaluate", "rlef_assert"
+# What runs a test in the process of the program has names of its own: the program's may be `list` and
+# `compile`. Its frames are no news to a reader of a traceback.
+_RUNNER = """
+import linecache, sys, traceback
 
-# The literal of a value: what `ast.literal_eval` reads back, infinity as 1e999 and no number as an ellipsis.
-_EVALUATOR = """
+if hasattr(sys, "set_int_max_str_digits"):
+    sys.set_int_max_str_digits(0)
 
-def rlef_evaluate(code):
-    import sys
 
-    def literal(value):
-        if isinstance(value, bool) or value is None:
-            return repr(value)
-        if isinstance(value, float):
-            value = float(value)
-            return "..." if value != value else repr(value).replace("inf", "1e999")
-        if isinstance(value, dict):
-            return "{" + ", ".join(literal(key) + ": " + literal(item) for key, item in value.items()) + "}"
-        if not isinstance(value, (list, tuple, set, frozenset)):
-            return repr(value)
-        items = [literal(item) for item in value]
-        if isinstance(value, list):
-            return "[" + ", ".join(items) + "]"
-        if isinstance(value, tuple):
-            return "(" + ", ".join(items) + ("," if len(items) == 1 else "") + ")"
-        return "{" + ", ".join(items) + "}" if items else "set()"
+def hook(kind, error, frames):
+    while frames is not None and frames.tb_frame.f_code.co_filename == "rlef":
+        frames = frames.tb_next
+    traceback.print_exception(kind, error, frames)
 
-    if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(0)
-    names = globals()
-    if FUNCTION and FUNCTION not in names and "Solution" in names:
-        names[FUNCTION] = getattr(names["Solution"](), FUNCTION)
-    return literal(eval(compile(code, "test.py", "eval"), names))
-"""
 
-_ASSERTER = """
-
-def rlef_assert(code, passed):
-    import linecache
-
+def compiled(code, mode):
+    sys.excepthook = hook
     linecache.cache["test.py"] = (len(code), None, code.splitlines(keepends=True), "test.py")
-    exec(compile(code, "test.py", "exec"), globals())
+    return compile(code, "test.py", mode)
+
+
+def execute(code, passed):
+    exec(compiled(code, "exec"), PROGRAM)
     return passed
+
+
+def evaluate(code):
+    if FUNCTION and FUNCTION not in PROGRAM and "Solution" in PROGRAM:
+        PROGRAM[FUNCTION] = getattr(PROGRAM["Solution"](), FUNCTION)
+    return literal(eval(compiled(code, "eval"), PROGRAM))
+
+
+def literal(value):
+    # What ast.literal_eval reads back, infinity as 1e999 and no number as an ellipsis.
+    if isinstance(value, float):
+        value = float(value)
+        return "..." if value != value else repr(value).replace("inf", "1e999")
+    if isinstance(value, dict):
+        return "{" + ", ".join(literal(key) + ": " + literal(item) for key, item in value.items()) + "}"
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        return repr(value)
+    items = [literal(item) for item in value]
+    if isinstance(value, list):
+        return "[" + ", ".join(items) + "]"
+    if isinstance(value, tuple):
+        return "(" + ", ".join(items) + ("," if len(items) == 1 else "") + ")"
+    return "{" + ", ".join(items) + "}" if items else "set()"
+"""
+_APPENDED = """
+
+import builtins as rlef_builtins
+
+rlef_names = {"PROGRAM": rlef_builtins.globals(), "FUNCTION": %r}
+rlef_builtins.exec(rlef_builtins.compile(%r, "rlef", "exec"), rlef_names)
+rlef_run = rlef_names[%r]
 """
 
 # Like the comparison of evalplus and numpy.allclose: equal in Python, or numbers of one shape that are near.
@@ -70,19 +84,20 @@ if hasattr(sys, "set_int_max_str_digits"):
 
 
 def near(value, expected):
-    if isinstance(expected, (list, tuple)):
-        return (type(value) is type(expected) and len(value) == len(expected)
-                and all(near(*pair) for pair in zip(value, expected)))
-    if isinstance(expected, bool) or not isinstance(expected, (int, float, complex)):
-        return value == expected
-    if value is ... or not isinstance(value, (int, float, complex)):
+    if value == expected:
+        return True
+    if type(value) is not type(expected):
         return False
-    return value == expected or abs(value - expected) <= ABSOLUTE + RELATIVE * abs(expected)
+    if isinstance(expected, (list, tuple)):
+        return len(value) == len(expected) and all(near(*pair) for pair in zip(value, expected))
+    if not isinstance(expected, (float, complex)):
+        return False
+    return abs(value - expected) <= ABSOLUTE + RELATIVE * abs(expected)
 
 
 def check(input, expected_output, output):
     value, expected = ast.literal_eval(output), ast.literal_eval(expected_output)
-    return bool(value == expected) or bool((ABSOLUTE or RELATIVE) and near(value, expected))
+    return value == expected or bool(ABSOLUTE or RELATIVE) and near(value, expected)
 """
 
 # Around each checker, which has names of its own. Values travel as JSON texts. What a checker cannot read or
@@ -114,12 +129,12 @@ def job_of(
     if kind is Test:
         function = ""
     elif kind is Expression:
-        program += f"\nFUNCTION = {function!r}{_EVALUATOR}"
-        function, judge = _EVALUATE, _value_judge(judge)
+        program += _APPENDED % (function, _RUNNER, "evaluate")
+        function, judge = "rlef_run", _value_judge(judge)
         texts = [_evaluated(test) for test in tests]
     elif kind is Assertion:
-        program += _ASSERTER
-        function, judge = _ASSERT, None
+        program += _APPENDED % ("", _RUNNER, "execute")
+        function, judge = "rlef_run", None
         texts = [_asserted(test) for test in tests]
     if isinstance(judge, Checker) and kind in (Test, Call):
         judge = _guarded(judge, is_value=False)

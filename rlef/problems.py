@@ -256,14 +256,27 @@ def _lines(file: BinaryIO, path: Path, max_test_bytes: int) -> Iterator[bytes]:
 
 def _row(line: bytes, place: str) -> object:
     try:
-        row = json.loads(line)
-        if b"\\ud" in line.lower():  # half of a surrogate pair is JSON, but no text
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
+        return json_of(line)
+    except ValueError as error:
         raise ConfigError(
             f"{place}: not JSON ({error}); each line must be one JSON object in UTF-8"
         ) from None
-    return row
+
+
+def json_of(text: bytes | str) -> Any:
+    """The value of a JSON text whose texts UTF-8 can hold.
+
+    Raises:
+        ValueError: it is none, is nested too deep, or holds half of a surrogate pair.
+    """
+    escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
+    try:
+        value = json.loads(text)
+        if escape in text.lower():  # type: ignore[operator]  # of one type
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return value
 
 
 def problem_of(row: object, place: str, *, defaults: ExecutorConfig, max_test_bytes: int) -> Problem:

@@ -142,6 +142,12 @@ def test_a_program_that_ends_before_its_test_has_not_passed(
     assert verdicts(executor, trick, problem(test)) == [Verdict.WRONG_OUTPUT]
 
 
+@pytest.mark.parametrize("test", [Assertion("assert f(2) == 4"), Expression("f(2)", "4")])
+def test_a_program_may_call_its_names_what_it_likes(executor: Executor, test: ProblemTest) -> None:
+    names = "list = str = len = repr = isinstance = compile = eval = exec = globals = hasattr = getattr = 7"
+    assert verdicts(executor, f"def f(n): return n * n\n{names}", problem(test)) == [Verdict.PASSED]
+
+
 def test_the_prelude_runs_before_the_program(executor: Executor) -> None:
     given = problem(Call([[1, 2]], 2), function="f", prelude="from typing import List")
     assert verdicts(executor, "def f(x: List[int]): return len(x)", given) == [Verdict.PASSED]
@@ -155,8 +161,13 @@ def test_feedback_shows_a_call_a_value_and_an_assertion(executor: Executor) -> N
     assert "- input:\nf((1,))\nexpected output:\n(2,)\nyour output:\n[(1,), 'x y']\n" in value
     assertion = feedback(executor, program, problem(Assertion("assert f(1) == 2")))
     assert "- input:\nassert f(1) == 2\nit raised:\nTraceback" in assertion
-    assert "    assert f(1) == 2\n" in assertion
-    assert "AssertionError" in assertion
+    trace = assertion.split("it raised:\n")[1].split("\nGive it")[0].splitlines()
+    assert [line.strip() for line in trace if not set(line.strip()) <= set("^~")] == [
+        "Traceback (most recent call last):",
+        'File "test.py", line 1, in <module>',
+        "assert f(1) == 2",
+        "AssertionError",
+    ]
 
 
 def test_nothing_that_tells_a_passed_assertion_is_shown(executor: Executor) -> None:

@@ -62,7 +62,8 @@ def test_a_method_is_called_with_the_lines_as_arguments(tmp_path: Path, executor
     assert problem.public_tests == (Call([[1, 2], 3], 6),)
     assert problem.private_tests == (Call([[], 0], 0),)
     assert "Begin with this code:\n```python\nclass Solution:" in problem.statement
-    program = "class Solution:\n    def addAll(self, n: List[int], s: int) -> int:\n        return pow(sum(n) + s, 1, 99)"
+    body = "def addAll(self, n: List[int], s: int) -> int: return pow(sum(n) + s, 1, 99)"
+    program = f"class Solution:\n    {body}"
     assert passes(executor, problem, program)
     assert not passes(executor, problem, program.replace("+ s", ""))
 
@@ -138,7 +139,7 @@ def test_a_pickle_that_would_execute_something_is_set_aside(tmp_path: Path) -> N
         (packed(pickle.dumps('["\\ud800"]')), Reason.UNREADABLE, "surrogates not allowed"),
         ("%%%", Reason.UNREADABLE, "not base64"),
         (base64.b64encode(b"no zlib").decode(), Reason.UNREADABLE, "not base64 of zlib"),
-        (packed(bytes(300 << 20)), Reason.TOO_LARGE, "unpacks to more than 268,435,456 bytes"),
+        (packed(bytes(5 << 20)), Reason.TOO_LARGE, "unpacks to more than 4,194,304 bytes"),
         ('[{"input": "1", "output": "1", "testtype": "functional"}]', Reason.INVALID, "of type functional"),
         ('[{"input": 1, "output": "1", "testtype": "stdin"}]', Reason.INVALID, "'private_test_cases.input'"),
         ("[3]", Reason.INVALID, "no JSON list of tests"),
@@ -148,7 +149,8 @@ def test_private_tests_that_cannot_be_read_are_told_and_the_next_row_is_read(
     tmp_path: Path, private: str, reason: Reason, said: str
 ) -> None:
     rows = [examples.LIVE_CODE_BENCH_ROW | {"private_test_cases": private}, examples.LIVE_CODE_BENCH_ROW]
-    bad, good = examples.read("livecodebench", examples.json_lines(tmp_path / "test.jsonl", rows))
+    path = examples.json_lines(tmp_path / "test.jsonl", rows)
+    bad, good = examples.read("livecodebench", path, max_test_bytes=1 << 18)
     assert isinstance(bad, SetAside)
     assert bad.reason is reason
     assert said in bad.detail

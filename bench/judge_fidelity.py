@@ -2,9 +2,9 @@
 
     python bench/judge_fidelity.py [--rows N]
 
-Wants build/problem-sets, which `make test` fills. Each canonical solution of HumanEval should pass, and each stub
-with the body `pass` fail. Each Code I/O reference that needs the standard library alone should give twice, through
-our judge, what it gave when the problem was made. The last line of standard output is JSON.
+Wants build/problem-sets, which `make test` fills. Each canonical solution of HumanEval should pass, and each
+stub with the body `pass` fail. Each Code I/O reference that needs the standard library alone should give
+twice, through our judge, what it gave when the problem was made. The last line of standard output is JSON.
 """
 
 from __future__ import annotations

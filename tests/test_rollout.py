@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import pytest
@@ -12,10 +13,10 @@ from rlef.config import FeedbackKind, RolloutConfig
 from rlef.ports import Request, Response, SamplingParams
 from rlef.pretrained import model_folder
 from rlef.prompts import Dialog
-from rlef.records import Episode, Problem, TurnOutcome
+from rlef.records import Assertion, Episode, Expression, Problem, ProblemTest, TurnOutcome
 from rlef.rollout import Collection, collect
 from rlef.streaming import collect_overlapped
-from rlef_sandbox import Executor, SandboxFault, Test
+from rlef_sandbox import Call, Executor, SandboxFault, Test
 
 SETTINGS = RolloutConfig()
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=99, seed=0)
@@ -136,6 +137,26 @@ def test_an_episode_ends_when_the_public_tests_pass(run: Run, dialog: Dialog) ->
     (episode,) = run([PLUS_TWO, DOUBLE])[0].episodes
     assert outcomes(episode) == [TurnOutcome.WRONG_OUTPUT, TurnOutcome.PASSED]
     assert episode.solved
+
+
+KINDS_OF_TESTS: dict[str, tuple[ProblemTest, ProblemTest, str]] = {
+    "calls": (Call([2], 4), Call([3], 6), "f"),
+    "expressions": (Expression("f(2)", "4"), Expression("f(3)", "6"), ""),
+    "assertions": (Assertion("assert f(2) == 4"), Assertion("assert f(3) == 6"), ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TESTS)
+def test_an_episode_is_judged_by_every_kind_of_test(run: Run, dialog: Dialog, kind: str) -> None:
+    public, private, function = KINDS_OF_TESTS[kind]
+    asked = replace(problem(), public_tests=(public,), private_tests=(private,), function=function)
+    right, square, wrong = (f"```python\ndef f(n): return {value}\n```" for value in ("2 * n", "n * n", "n"))
+    collection, script = run([wrong, right], problems=[asked])
+    assert (collection.episodes[0].solved, collection.tests_run) == (True, 3)
+    told = dialog.decode(script.asked[1])
+    assert "Your code failed these tests:" in told
+    assert "- input:\n" in told
+    assert not run([square], problems=[asked], turns=1)[0].episodes[0].solved
 
 
 def test_passing_the_public_tests_is_not_solving(run: Run, dialog: Dialog) -> None:

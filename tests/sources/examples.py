@@ -15,9 +15,11 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from rlef.config import Config
+from rlef.judging import job_of
+from rlef.records import Problem
 from rlef.sources.common import Choices, Found, SetAside
 from rlef.sources.convert import FORMATS
-from rlef_sandbox import Executor
+from rlef_sandbox import Executor, Verdict
 
 Row = dict[str, Any]
 
@@ -38,6 +40,13 @@ def read(
     format_name: str, path: Path, executor: Executor | None = None, **changes: Any
 ) -> list[Found | SetAside]:
     return list(FORMATS[format_name](path, choices(**changes), executor))
+
+
+def passes(executor: Executor, problem: Problem, program: str) -> bool:
+    """All tests, public and private."""
+    tests = [*problem.public_tests, *problem.private_tests]
+    (results,) = executor.run_many([job_of(problem, program, tests)])
+    return all(result.verdict is Verdict.PASSED for result in results)
 
 
 def json_lines(path: Path, rows: Sequence[Row]) -> Path:

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rlef.judging import job_of
 from rlef.records import Assertion, Problem
 from rlef.sources.common import Found, Reason, SetAside
-from rlef_sandbox import Call, Executor, Test, Verdict
+from rlef_sandbox import Call, Executor, Test
 from tests.sources import examples
-
-
-@pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    with Executor(workers=1) as executor:
-        yield executor
 
 
 def only(format_name: str, path: Path) -> Problem:
     (found,) = examples.read(format_name, path)
     assert isinstance(found, Found), found
     return found.problem
-
-
-def passes(executor: Executor, problem: Problem, program: str) -> bool:
-    tests = [*problem.public_tests, *problem.private_tests]
-    (results,) = executor.run_many([job_of(problem, program, tests)])
-    return all(result.verdict is Verdict.PASSED for result in results)
 
 
 def test_the_first_test_is_public_and_lists_are_lines(tmp_path: Path) -> None:
@@ -45,8 +31,8 @@ def test_a_value_in_a_list_of_its_own_is_accepted_too(tmp_path: Path, executor: 
     problem = only("apps", examples.json_lines(tmp_path / "train.jsonl", [examples.APPS_FUNCTION_ROW]))
     assert problem.public_tests == (Call([[1, 2]], [[2, 1]]),)
     assert problem.private_tests == (Call([[3]], [3]),)
-    assert passes(executor, problem, problem.solutions[0])
-    assert not passes(executor, problem, problem.solutions[0].replace("x[::-1]", "x"))
+    assert examples.passes(executor, problem, problem.solutions[0])
+    assert not examples.passes(executor, problem, problem.solutions[0].replace("x[::-1]", "x"))
 
 
 def test_tacos_limits_have_units(tmp_path: Path) -> None:
@@ -95,8 +81,8 @@ def test_assertions_of_verl_are_tests_one_by_one(tmp_path: Path, executor: Execu
     problem = only("verl", examples.verl(tmp_path / "train.parquet", assertions))
     assert problem.public_tests == (Assertion("assert f(1) == 2"),)
     assert problem.private_tests == (Assertion("assert f(2) == 3"),)
-    assert passes(executor, problem, "def f(n): return n + 1")
-    assert not passes(executor, problem, "def f(n): return 2")
+    assert examples.passes(executor, problem, "def f(n): return n + 1")
+    assert not examples.passes(executor, problem, "def f(n): return 2")
 
 
 @pytest.mark.parametrize(

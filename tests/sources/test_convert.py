@@ -13,6 +13,7 @@ from rlef.config import ConfigError, ExecutorConfig
 from rlef.problems import read_jsonl
 from rlef.sources.convert import FORMATS, RUNS_REFERENCES, convert
 from rlef_sandbox import Executor
+from tests.small_runs import read_lines, run_here
 from tests.sources import examples
 
 
@@ -66,6 +67,19 @@ def test_every_format_gives_problems_whose_own_solutions_pass(tmp_path: Path) ->
     assert [check["id"] for check in found["amiss"]] == ["HumanEval/901"]
     assert found["solutions"] >= len(FORMATS) - 1
     assert result.exit_code == 1
+
+
+def test_a_converted_set_is_trained_and_evaluated_on(tmp_path: Path) -> None:
+    changes: list[examples.Row] = [
+        {"name": f"{n}", "description": f"Print {n} times the number."} for n in range(4)
+    ]
+    path = examples.code_contests(tmp_path / "train.parquet", *changes)
+    problems = tmp_path / "train.jsonl"
+    convert("codecontests", [path], problems, choices=examples.choices())
+    run = run_here(tmp_path, f"problems.train={problems}", f"problems.eval={problems}", "run.steps=1")
+    (step,) = read_lines(run / "metrics.jsonl")
+    assert step["tests_run"] > 0
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["final"] is not None
 
 
 def test_the_command_counts_and_names_what_it_leaves_out(tmp_path: Path) -> None:

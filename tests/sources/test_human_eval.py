@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rlef.judging import job_of
 from rlef.records import Assertion, Expression, Problem
 from rlef.sources.common import Found, Reason, SetAside
-from rlef_sandbox import Executor, Tokens, Verdict
+from rlef_sandbox import Executor, Tokens
 from tests.sources import examples
-
-
-@pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    with Executor(workers=1) as executor:
-        yield executor
 
 
 def found(format_name: str, path: Path, executor: Executor | None = None) -> list[Problem]:
@@ -26,20 +18,14 @@ def found(format_name: str, path: Path, executor: Executor | None = None) -> lis
     return [outcome.problem for outcome in outcomes if isinstance(outcome, Found)]
 
 
-def passes(executor: Executor, problem: Problem, program: str) -> bool:
-    tests = [*problem.public_tests, *problem.private_tests]
-    (results,) = executor.run_many([job_of(problem, program, tests)])
-    return all(result.verdict is Verdict.PASSED for result in results)
-
-
 @pytest.mark.parametrize("name", ["HumanEval.jsonl", "HumanEval.jsonl.gz"])
 def test_the_canonical_solution_passes_and_an_empty_body_fails(
     tmp_path: Path, executor: Executor, name: str
 ) -> None:
     path = examples.json_lines(tmp_path / name, examples.HUMAN_EVAL_ROWS)
     for problem in found("humaneval", path):
-        assert passes(executor, problem, problem.solutions[0])
-        assert not passes(executor, problem, problem.starter_code + "    pass\n")
+        assert examples.passes(executor, problem, problem.solutions[0])
+        assert not examples.passes(executor, problem, problem.starter_code + "    pass\n")
 
 
 def test_single_assertions_are_public_where_there_is_nothing_else(tmp_path: Path) -> None:
@@ -57,8 +43,10 @@ def test_an_answer_need_not_repeat_what_the_stub_imports_and_defines(
 ) -> None:
     path = examples.json_lines(tmp_path / "HumanEval.jsonl", examples.HUMAN_EVAL_ROWS)
     imports, helper = found("humaneval", path)
-    assert passes(executor, imports, "def add_all(numbers: List[int], start): return start + sum(numbers)")
-    assert passes(executor, helper, "def twice(n): return helper(n) + 1")
+    assert examples.passes(
+        executor, imports, "def add_all(numbers: List[int], start): return start + sum(numbers)"
+    )
+    assert examples.passes(executor, helper, "def twice(n): return helper(n) + 1")
 
 
 def test_inputs_of_evalplus_get_the_values_of_the_canonical_solution(
@@ -77,9 +65,9 @@ def test_inputs_of_evalplus_get_the_values_of_the_canonical_solution(
     )
     assert problem.judge == Tokens(absolute=1e-6, relative=1e-7)
     assert problem.prelude == "import math"
-    assert passes(executor, problem, "def halves(numbers): return [n / 2 + 1e-8 for n in numbers]")
-    assert not passes(executor, problem, "def halves(numbers): return [n // 2 for n in numbers]")
-    assert not passes(executor, problem, "def halves(numbers): return tuple(n / 2 for n in numbers)")
+    assert examples.passes(executor, problem, "def halves(numbers): return [n / 2 + 1e-8 for n in numbers]")
+    assert not examples.passes(executor, problem, "def halves(numbers): return [n // 2 for n in numbers]")
+    assert not examples.passes(executor, problem, "def halves(numbers): return tuple(n / 2 for n in numbers)")
 
 
 def test_arguments_of_mbpp_get_their_tuples_and_its_sets_are_compared_as_sets(
@@ -92,8 +80,10 @@ def test_arguments_of_mbpp_get_their_tuples_and_its_sets_are_compared_as_sets(
     assert public.code == "set(similar_elements((3, 4, 5, 6), (5, 7, 4, 10)))"
     assert problem.statement.startswith("Write a function to find the shared elements")
     assert "`similar_elements`" in problem.statement
-    assert passes(executor, problem, "def similar_elements(a, b): return [n for n in b if n in a] * 2")
-    assert not passes(executor, problem, "def similar_elements(a, b): return list(a)")
+    assert examples.passes(
+        executor, problem, "def similar_elements(a, b): return [n for n in b if n in a] * 2"
+    )
+    assert not examples.passes(executor, problem, "def similar_elements(a, b): return list(a)")
 
 
 def mbpp(function: str, body: str, *arguments: list[object]) -> examples.Row:
@@ -137,9 +127,9 @@ def test_tasks_that_evalplus_judges_otherwise_are_judged_so(
     tmp_path: Path, executor: Executor, row: examples.Row, right: str, wrong: str
 ) -> None:
     (problem,) = found("mbppplus", examples.json_lines(tmp_path / "M.jsonl", [row]), executor)
-    assert passes(executor, problem, problem.solutions[0])
-    assert passes(executor, problem, right)
-    assert not passes(executor, problem, wrong)
+    assert examples.passes(executor, problem, problem.solutions[0])
+    assert examples.passes(executor, problem, right)
+    assert not examples.passes(executor, problem, wrong)
 
 
 def test_a_root_is_judged_by_the_value_of_the_polynomial(tmp_path: Path, executor: Executor) -> None:
@@ -152,8 +142,8 @@ def test_a_root_is_judged_by_the_value_of_the_polynomial(tmp_path: Path, executo
         "atol": 1e-4,
     }
     (problem,) = found("humanevalplus", examples.json_lines(tmp_path / "H.jsonl", [row]), executor)
-    assert passes(executor, problem, "def find_zero(xs): return -xs[0] / xs[1] + 1e-6")
-    assert not passes(executor, problem, "def find_zero(xs): return -xs[0] / xs[1] + 1e-3")
+    assert examples.passes(executor, problem, "def find_zero(xs): return -xs[0] / xs[1] + 1e-6")
+    assert not examples.passes(executor, problem, "def find_zero(xs): return -xs[0] / xs[1] + 1e-3")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,6 @@ from rlef.records import Problem
 from rlef.sources.common import Found, Reason, SetAside
 from rlef_sandbox import Executor, Test, Tokens
 from tests.sources import examples
-
-
-@pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    with Executor(workers=1) as executor:
-        yield executor
 
 
 def only(folder: Path, **changes: int) -> Problem:

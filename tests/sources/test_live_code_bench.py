@@ -8,7 +8,6 @@ import json
 import pickle
 import struct
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,30 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from rlef.judging import job_of
 from rlef.records import Problem
 from rlef.sources.common import Found, Reason, SetAside, UnusableProblemError
 from rlef.sources.live_code_bench import text_of_pickle
-from rlef_sandbox import Call, Executor, Test, Verdict
+from rlef_sandbox import Call, Executor, Test
 from tests.sources import examples
-
-
-@pytest.fixture(scope="module")
-def executor() -> Iterator[Executor]:
-    with Executor(workers=1) as executor:
-        yield executor
 
 
 def only(path: Path) -> Problem:
     (found,) = examples.read("livecodebench", path)
     assert isinstance(found, Found), found
     return found.problem
-
-
-def passes(executor: Executor, problem: Problem, program: str) -> bool:
-    tests = [*problem.public_tests, *problem.private_tests]
-    (results,) = executor.run_many([job_of(problem, program, tests)])
-    return all(result.verdict is Verdict.PASSED for result in results)
 
 
 def test_a_problem_on_standard_input(tmp_path: Path) -> None:
@@ -64,8 +50,8 @@ def test_a_method_is_called_with_the_lines_as_arguments(tmp_path: Path, executor
     assert "Begin with this code:\n```python\nclass Solution:" in problem.statement
     body = "def addAll(self, n: List[int], s: int) -> int: return pow(sum(n) + s, 1, 99)"
     program = f"class Solution:\n    {body}"
-    assert passes(executor, problem, program)
-    assert not passes(executor, problem, program.replace("+ s", ""))
+    assert examples.passes(executor, problem, program)
+    assert not examples.passes(executor, problem, program.replace("+ s", ""))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +63,7 @@ def test_lines_are_compared_as_exact_decimal_numbers(
 ) -> None:
     tests = {"private_test_cases": json.dumps(examples.STDIN_TESTS)}
     problem = only(examples.json_lines(tmp_path / "test.jsonl", [examples.LIVE_CODE_BENCH_ROW | tests]))
-    assert passes(executor, problem, f"print({output!r})") is is_right
+    assert examples.passes(executor, problem, f"print({output!r})") is is_right
 
 
 @given(st.text(), st.integers(0, pickle.HIGHEST_PROTOCOL))

@@ -100,9 +100,9 @@ def check(input, expected_output, output):
     return value == expected or bool(ABSOLUTE or RELATIVE) and near(value, expected)
 """
 
-# Around each checker, which has names of its own. Values travel as JSON texts. What a checker cannot read or
-# raises on is rejected: the run goes on. Reading a literal takes hundreds of times its length; the longest that
-# is expected has a quarter of this limit (`problems.py`).
+# Around each checker, which has names of its own. Values travel as JSON texts. What a checker cannot read, or
+# raises on, is rejected: the run goes on. Reading a literal takes hundreds of times its length; the longest
+# that is expected has a quarter of this limit (`problems.py`).
 _GUARD = """
 def check(input, expected_output, output):
     import json

@@ -11,21 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 from rlef.records import Problem
 from rlef.sources.common import (
     Choices,
     Fields,
-    Found,
     Reason,
-    SetAside,
     UnusableProblemError,
     flags_of,
     inputs_and_outputs,
     json_field,
-    problems_in,
     require_no_dialog,
     split_tests,
     text_field,
@@ -39,11 +34,7 @@ _UNITS = {"second": 1.0, "millisecond": 1e-3, "byte": 1.0, "kilobyte": 1e3, "meg
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+?)s?\s*", re.IGNORECASE)
 
 
-def problems(path: Path, choices: Choices, executor: Executor | None) -> Iterator[Found | SetAside]:
-    return problems_in(path, _problem, choices, executor)
-
-
-def _problem(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
+def problem_of_row(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
     statement, starter = text_field(row, "question"), text_field(row, "starter_code", "")
     require_no_dialog(statement)
     tests = json_field(row, "input_output", {"inputs": [], "outputs": []})

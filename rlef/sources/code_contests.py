@@ -10,23 +10,17 @@ google/riegeli has to be built with bazel. They are refused, and the parquet fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from rlef.config import ConfigError
 from rlef.records import Problem
 from rlef.sources.common import (
     Choices,
     Fields,
-    Found,
     Reason,
-    SetAside,
     UnusableProblemError,
     flags_of,
     list_field,
     object_field,
-    problems_in,
     require_no_dialog,
     require_tests,
     text_field,
@@ -41,16 +35,7 @@ DIFFICULTIES |= {number: chr(ord("L") + number - 19) for number in range(19, 30)
 PYTHON3 = 3
 
 
-def problems(path: Path, choices: Choices, executor: Executor | None) -> Iterator[Found | SetAside]:
-    if ".riegeli" in path.name:
-        raise ConfigError(
-            f"{path}: riegeli records, for which no reader is published as a package; fetch the .parquet "
-            "files of deepmind/code_contests on the Hugging Face hub instead"
-        )
-    return problems_in(path, _problem, choices, executor)
-
-
-def _problem(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
+def problem_of_row(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
     statement = text_field(row, "description")
     require_no_dialog(statement)
     for name, usual in (("input_file", "stdin"), ("output_file", "stdout")):

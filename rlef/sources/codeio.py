@@ -12,19 +12,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from rlef.records import Expression, Problem
 from rlef.sources.common import (
     Choices,
     Fields,
-    Found,
     Reason,
-    SetAside,
     UnusableProblemError,
-    problems_in,
     split_tests,
     text_field,
 )
@@ -37,11 +32,7 @@ _PRELUDE = "import random\nfrom random import Random"
 _TOLERANCE = 1e-6  # of numbers, absolute and relative: programs may round in another order
 
 
-def problems(path: Path, choices: Choices, executor: Executor | None) -> Iterator[Found | SetAside]:
-    return problems_in(path, _problem, choices, executor)
-
-
-def _problem(row: Fields, choices: Choices, executor: Executor | None) -> Problem:
+def problem_of_row(row: Fields, choices: Choices, executor: Executor | None) -> Problem:
     assert executor is not None
     task, reference = text_field(row, "task_description"), text_field(row, "code_sample")
     generator = text_field(row, "input_generator")

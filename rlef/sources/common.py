@@ -115,6 +115,11 @@ def rows_of(path: Path, most_bytes: int) -> Iterator[tuple[str, Fields | Unusabl
     if path.name.endswith(".parquet"):
         yield from _parquet_rows(path, most_bytes)
         return
+    if ".riegeli" in path.name:
+        raise ConfigError(
+            f"{path}: riegeli records, for which no reader is published as a package; fetch the .parquet "
+            "files of the same set"
+        )
     if not path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".json")):
         raise ConfigError(f"{path}: give JSON lines (.jsonl, .jsonl.gz) or a .parquet file")
     try:

@@ -15,22 +15,27 @@ from rlef.files import replacing
 from rlef.problems import MAX_TESTS_PER_PROBLEM_BYTES, line_of, problem_of, read_jsonl
 from rlef.records import Problem
 from rlef.sources import apps, code_contests, codeio, evalplus, human_eval, kattis, live_code_bench, verl
-from rlef.sources.common import Choices, Found, Reason, SetAside
+from rlef.sources.common import Choices, Found, Maker, Reason, SetAside, problems_in
 from rlef_sandbox import Executor
 
 Reader = Callable[[Path, Choices, Executor | None], Iterator[Found | SetAside]]
 
+
+def _of_rows(maker: Maker) -> Reader:
+    return lambda path, choices, executor: problems_in(path, maker, choices, executor)
+
+
 FORMATS: dict[str, Reader] = {
-    "codecontests": code_contests.problems,
-    "humaneval": human_eval.problems,
-    "humanevalplus": evalplus.problems,
-    "mbppplus": evalplus.problems,
-    "livecodebench": live_code_bench.problems,
-    "apps": apps.problems,
-    "taco": apps.problems,
+    "codecontests": _of_rows(code_contests.problem_of_row),
+    "humaneval": _of_rows(human_eval.problem_of_row),
+    "humanevalplus": _of_rows(evalplus.problem_of_row),
+    "mbppplus": _of_rows(evalplus.problem_of_row),
+    "livecodebench": _of_rows(live_code_bench.problem_of_row),
+    "apps": _of_rows(apps.problem_of_row),
+    "taco": _of_rows(apps.problem_of_row),
     "kattis": kattis.problems,
-    "verl": verl.problems,
-    "codeio": codeio.problems,
+    "verl": _of_rows(verl.problem_of_row),
+    "codeio": _of_rows(codeio.problem_of_row),
 }
 RUNS_REFERENCES = frozenset({"humanevalplus", "mbppplus", "codeio"})
 

@@ -13,9 +13,8 @@ sets or complex numbers; evalplus/data/mbpp.py says which arguments of MBPP+ are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rlef.judging import CHECKER_LIMITS
@@ -23,12 +22,9 @@ from rlef.records import Expression, Problem
 from rlef.sources.common import (
     Choices,
     Fields,
-    Found,
     Reason,
-    SetAside,
     UnusableProblemError,
     list_field,
-    problems_in,
     require_tests,
     text_field,
 )
@@ -39,11 +35,7 @@ from rlef_sandbox import Checker, Executor, Judge, Tokens
 _FLOAT_TOLERANCE, _RELATIVE_TOLERANCE = 1e-6, 1e-7
 
 
-def problems(path: Path, choices: Choices, executor: Executor | None) -> Iterator[Found | SetAside]:
-    return problems_in(path, _problem, choices, executor)
-
-
-def _problem(row: Fields, choices: Choices, executor: Executor | None) -> Problem:
+def problem_of_row(row: Fields, choices: Choices, executor: Executor | None) -> Problem:
     assert executor is not None
     task_id, prompt = text_field(row, "task_id"), text_field(row, "prompt")
     entry_point, is_mbpp = text_field(row, "entry_point"), text_field(row, "task_id").startswith("Mbpp/")

@@ -11,27 +11,19 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from rlef.records import Assertion, Problem
 from rlef.sources.common import (
     Choices,
     Fields,
-    Found,
     Reason,
-    SetAside,
     UnusableProblemError,
-    problems_in,
     text_field,
 )
 from rlef_sandbox import Executor
 
 
-def problems(path: Path, choices: Choices, executor: Executor | None) -> Iterator[Found | SetAside]:
-    return problems_in(path, _problem, choices, executor)
-
-
-def _problem(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
+def problem_of_row(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
     prompt, entry_point = text_field(row, "prompt"), text_field(row, "entry_point")
     test = text_field(row, "test")
     whole = Assertion(f"{test}\n\ncheck({entry_point})\n")

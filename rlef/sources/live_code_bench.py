@@ -15,8 +15,6 @@ import base64
 import binascii
 import pickletools
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rlef.judging import CHECKER_LIMITS
@@ -25,13 +23,10 @@ from rlef.records import Problem, ProblemTest
 from rlef.sources.common import (
     Choices,
     Fields,
-    Found,
     Reason,
-    SetAside,
     UnusableProblemError,
     flags_of,
     json_field,
-    problems_in,
     read_json,
     require_tests,
     text_field,
@@ -75,11 +70,7 @@ def check(input, expected_output, output):
 )
 
 
-def problems(path: Path, choices: Choices, executor: Executor | None) -> Iterator[Found | SetAside]:
-    return problems_in(path, _problem, choices, executor)
-
-
-def _problem(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
+def problem_of_row(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
     statement, starter = text_field(row, "question_content"), text_field(row, "starter_code", "")
     metadata = json_field(row, "metadata", {})
     if not isinstance(metadata, dict):

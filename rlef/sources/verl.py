@@ -10,23 +10,18 @@ said: the first ones are taken.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rlef.records import Assertion, Problem, ProblemTest
 from rlef.sources.common import (
     Choices,
     Fields,
-    Found,
     Reason,
-    SetAside,
     UnusableProblemError,
     flags_of,
     inputs_and_outputs,
     list_field,
     object_field,
-    problems_in,
     read_json,
     require_no_dialog,
     split_tests,
@@ -36,11 +31,7 @@ from rlef.sources.live_code_bench import PRELUDE
 from rlef_sandbox import Checker, Executor
 
 
-def problems(path: Path, choices: Choices, executor: Executor | None) -> Iterator[Found | SetAside]:
-    return problems_in(path, _problem, choices, executor)
-
-
-def _problem(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
+def problem_of_row(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
     statement = _statement(row)
     require_no_dialog(statement)
     truth = read_json(text_field(object_field(row, "reward_model"), "ground_truth"))

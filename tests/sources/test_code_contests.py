@@ -95,5 +95,7 @@ def test_a_row_that_cannot_be_used_is_set_aside_and_the_next_is_read(
 def test_the_original_records_are_refused_with_what_to_fetch(tmp_path: Path) -> None:
     path = tmp_path / "code_contests_train.riegeli-00000-of-00128"
     path.write_bytes(b"\x83\xaf\x70\xd1")
-    with pytest.raises(ConfigError, match=r"no reader is published .* fetch the .parquet files"):
+    with pytest.raises(
+        ConfigError, match=r"no reader is published .* fetch the .parquet files of the same set"
+    ):
         examples.read("codecontests", path)

@@ -16,7 +16,7 @@ from rlef.judging import job_of
 from rlef.ports import Request, Response, SamplingParams, StreamingSampler
 from rlef.prompts import Dialog, FailedTest
 from rlef.records import Episode, Problem, Turn, TurnOutcome
-from rlef_sandbox import Executor, Job, Result, Verdict
+from rlef_sandbox import Executor, Job, Result, Tally, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class Collection:
     tests_run: int
     sampling_s: float
     executing_s: float
+    tally: Tally  # of the executor, since the collection before
 
 
 class CollectSettings(TypedDict):
@@ -154,6 +155,7 @@ def collect(
         tests_run=tests_run,
         sampling_s=sampling_s,
         executing_s=executing_s,
+        tally=executor.take_tally(),
     )
 
 
@@ -172,6 +174,7 @@ def share_out(own: Collection) -> Collection:
         tests_run=sum(share.tests_run for share in shares),
         sampling_s=max(share.sampling_s for share in shares),
         executing_s=max(share.executing_s for share in shares),
+        tally=Tally.of_all(share.tally for share in shares),
     )
 
 

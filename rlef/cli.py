@@ -21,7 +21,7 @@ import click
 from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
 from rlef.files import write_text
 from rlef.launch import TOLD, launched_by_torchrun, run_processes
-from rlef_sandbox import SandboxFault
+from rlef_sandbox import Executor, SandboxFault
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

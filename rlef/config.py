@@ -71,6 +71,9 @@ class ProblemsConfig(Section):
     train_size: PositiveInt = 8192
     eval_size: PositiveInt = 256
     seed: NonNegativeInt = 0
+    max_test_bytes: PositiveInt = (
+        16 << 20
+    )  # input and expected output of one test; a problem may hold 16 such
 
 
 class RolloutConfig(Section):

@@ -114,35 +114,27 @@ def measure_checkpoints(folder: Path, state: ParallelState, tensor: int, pipelin
     shape, stored, optimizer = read_shape(folder), StoredWeights(folder), OptimizerConfig()
     network = MegatronNetwork(shape, stored, head="logits", optimizer=optimizer, lr=optimizer.lr)
     network.load_state_dict(Beginning(network.state_dict()))
+    own = folder / "checkpoints" / f"{tensor}x{pipeline}"
+    earlier = next(own.parent.glob("*"), own)  # of the layout before, if there was one
+    torch.distributed.barrier()
+    job = {"keep": 1, "rank": state.rank, "world_size": state.world_size}
     rose: dict[str, int] = {}
     for kind, asynchronous in (("save", False), ("save_asynchronous", True)):
-        store = CheckpointStore(
-            folder / f"{tensor}x{pipeline}",
-            keep=1,
-            rank=state.rank,
-            world_size=state.world_size,
-            asynchronous=asynchronous,
-        )
+        store = CheckpointStore(own, asynchronous=asynchronous, **job)
         start = resident("VmRSS")
         forget_peak()
         store.save(1, {"policy": network.state_dict()}, {})
         store.finish()
         rose[kind] = resident("VmHWM") - start
-    others = [each for each in folder.glob("*x*") if each.name != f"{tensor}x{pipeline}"]
-    checkpoint = (
-        store.load_latest()
-        if not others
-        else CheckpointStore(others[0], keep=1, rank=state.rank, world_size=state.world_size).load_latest()
-    )
+    checkpoint = CheckpointStore(earlier, **job).load_latest()
     assert checkpoint is not None
     start = resident("VmRSS")
     forget_peak()
     network.load_state_dict(checkpoint.states["policy"])
     rose["resume"] = resident("VmHWM") - start
     torch.distributed.barrier()
-    if state.rank == 0:
-        for each in others:
-            shutil.rmtree(each)
+    if state.rank == 0 and earlier != own:
+        shutil.rmtree(earlier)
     return rose
 
 

@@ -247,31 +247,23 @@ class MegatronNetwork:
 
     def _pieces(self) -> Iterator[Piece]:
         """This rank's part of each weight, and of what the optimiser keeps of it: the live tensors."""
-        tensor = {
-            "rank": mpu.get_tensor_model_parallel_rank(),
-            "size": mpu.get_tensor_model_parallel_world_size(),
-        }
-        replicas, replica = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+        rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
         parameters = dict(self._model.named_parameters())
         for weight in stage_weights(self._shape, self._head, stage=stage, stages=stages):
             parameter = parameters[weight.parameter]
-            blocks = parameter_blocks(weight, self._shape, **tensor)
-            shards, shard = (tensor["size"], tensor["rank"]) if weight.cut is Cut.REPLICATED else (1, 0)
-            own = [("weight", parameter.detach().view(-1), 0)]
-            kept = [] if self._training is None else list(self._training.kept_of(parameter))
-            is_split = self._training is not None and self._training.sharded
-            for parts, divided in ((own, False), (kept, is_split)):
-                copies, copy = (shards, shard) if divided else (shards * replicas, shard * replicas + replica)
-                for kind, flat, begin in parts:
-                    yield from pieces_of(
-                        kind,
-                        blocks,
-                        flat,
-                        begin=begin,
-                        copies=copies,
-                        copy=None if weight.duplicate else copy,
-                    )
+            blocks = parameter_blocks(weight, self._shape, rank=rank, size=size)
+            same, which = (size, rank) if weight.cut is Cut.REPLICATED else (1, 0)
+            on_replicas: tuple[int, int | None] = (same * replicas, which * replicas + replica)
+            on_one_replica: tuple[int, int | None] = (same, which)
+            if weight.duplicate:
+                on_replicas = on_one_replica = (1, None)
+            yield from pieces_of("weight", blocks, parameter.detach().view(-1), copies=on_replicas)
+            if self._training is not None:
+                copies = on_one_replica if self._training.sharded else on_replicas
+                for kind, flat, begin in self._training.kept_of(parameter):
+                    yield from pieces_of(kind, blocks, flat, begin=begin, copies=copies)
 
     def _run(
         self, model: nn.Module, batches: Iterable[tuple[int, Batch]], collect: Collect, *, forward_only: bool

@@ -138,14 +138,14 @@ def pieces_of(
     flat: Tensor,
     *,
     begin: int = 0,
-    copies: int = 1,
-    copy: int | None = 0,
+    copies: tuple[int, int | None] = (1, 0),
 ) -> Iterator[Piece]:
     """The pieces in elements `begin` to `begin + len(flat)` of a flattened parameter: views of `flat`.
 
-    Of the `copies` ranks that hold the same, this is number `copy`, and each saves its share; None: another
-    saves them all. `kind` says what of the weight it is, such as "weight" or "exp_avg".
+    `copies`: how many ranks hold the same, and which of them this is; each saves its share. None: it saves
+    nothing. `kind` says what of the weight it is, such as "weight" or "exp_avg".
     """
+    count, own = copies
     for block in blocks:
         first = max(begin, block.start)
         last = min(begin + flat.numel(), block.start + block.box.elements)
@@ -156,7 +156,7 @@ def pieces_of(
                 name=name,
                 offsets=offsets,
                 data=flat[position : position + box.elements].view(box.sizes),
-                is_written=crc32(f"{name}{offsets}".encode()) % copies == copy,
+                is_written=crc32(f"{name}{offsets}".encode()) % count == own,
             )
             position += box.elements
 

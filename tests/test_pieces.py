@@ -100,8 +100,7 @@ class Rank:
                     blocks,
                     torch.full((length,), torch.nan),
                     begin=first,
-                    copies=copies,
-                    copy=None if weight.duplicate else own,
+                    copies=(copies, None if weight.duplicate else own),
                 )
 
     def take(self, whole: dict[str, Tensor]) -> None:

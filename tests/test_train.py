@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
+from rlef.cli import main
 from rlef.learner import Learner
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import FEEDBACK_OPENING, NO_CODE_FEEDBACK, UNTOLD_FEEDBACK, Dialog
@@ -237,6 +239,13 @@ def test_a_run_goes_on_in_another_layout_and_learns_what_one_process_learns(
         assert_learned_alike(saved(one, step), saved(two, step), "policy", str(random_model))
     assert len(list((two / "checkpoints" / "step-000001").glob("rank-0000[01]-*.safetensors"))) == 2
     assert [line["step"] for line in read_lines(two / "metrics.jsonl")] == [1, 2]
+    of_two_ranks = str(two / "checkpoints" / "step-000001")
+    arguments = ["export", str(two), str(tmp_path / "exported"), "--checkpoint", of_two_ranks]
+    exported = CliRunner().invoke(main, arguments)  # by this process alone
+    assert exported.exit_code == 0, exported.output
+    expected = saved(two, 1)
+    _, weights = read_pretrained(tmp_path / "exported")
+    assert all(torch.equal(expected[f"policy/weight/{name}"], weight) for name, weight in weights.items())
 
 
 def test_sigterm_saves_and_the_run_exits_cleanly(tmp_path: Path, random_model: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -121,6 +121,7 @@ def ranks_of(shape: ModelShape, layout: tuple[int, int, int, bool]) -> list[Rank
     return [Rank(shape, layout, rank) for rank in range(tensor * stages * replicas)]
 
 
+@settings(max_examples=25)  # each of thousands of pieces
 @given(shape=SHAPES, saved=LAYOUTS, loaded=LAYOUTS)
 def test_what_one_layout_saves_fills_any_other(
     shape: ModelShape, saved: tuple[int, int, int, bool], loaded: tuple[int, int, int, bool]
@@ -135,6 +136,7 @@ def test_what_one_layout_saves_fills_any_other(
         assert rank.holds(whole)
 
 
+@settings(max_examples=25)
 @given(shape=SHAPES, layout=LAYOUTS)
 def test_each_number_is_saved_by_one_process(shape: ModelShape, layout: tuple[int, int, int, bool]) -> None:
     counts = {name: torch.zeros(tensor.shape) for name, tensor in whole_tensors(shape).items()}

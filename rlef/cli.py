@@ -20,7 +20,7 @@ import click
 from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
 from rlef.files import write_text
 from rlef.launch import TOLD, launched_by_torchrun, run_processes
-from rlef_sandbox import Executor, SandboxFault
+from rlef_sandbox import SandboxFault
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -285,6 +285,7 @@ def check_inputs(config: Config) -> None:
     A `ConfigError` says what to mend.
     """
     from rlef import problems
+    from rlef.execution import open_executor, share_of_cores
     from rlef.families import read_shape
     from rlef.pretrained import StoredWeights, model_folder
     from rlef.prompts import Dialog
@@ -299,12 +300,10 @@ def check_inputs(config: Config) -> None:
     check_sampler(config, shape)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
     problems.check(config)
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.processes))
+    share_of_cores(config.executor, os.sched_getaffinity(0), processes=processes_here, index=0)
     try:
-        Executor(
-            workers=1,
-            allow_missing=config.executor.allow_missing,
-            memory_cgroup=config.executor.memory_cgroup or None,
-        ).close()
+        open_executor(config.executor, workers=1).close()
     except (ValueError, SandboxFault) as error:
         raise ConfigError(f"executor: {error}") from None
 

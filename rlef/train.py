@@ -30,6 +30,7 @@ from rlef.evaluate import (
 from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.faults import Pace, SkippedTooOftenError, Watch, doing, not_finite
+from rlef.launch import torchrun_agent
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks, initialize, leave
 from rlef.ports import Networks, SamplingParams
@@ -40,12 +41,13 @@ from rlef.records import Episode, Problem, StepStats
 from rlef.report import DIALOGS_FILE, SUMMARY_FILE, save_dialogs, write_report
 from rlef.rollout import Collection, CollectSettings, share_out
 from rlef.rollout import collect as collect_in_lockstep
-from rlef.run_folder import RunFolder, open_run_folder
+from rlef.run_folder import RunFolder, only_one_run, open_run_folder
 from rlef.samplers import build_sampler
 from rlef.streaming import collect_overlapped
 from rlef.telemetry import BETWEEN_STEPS, Telemetry
 
 _EVALUATION, _CHECKPOINT = BETWEEN_STEPS
+_SAME_SIGNAL_S = 3.0  # within which one request to stop may arrive several times
 
 
 def train(config: Config, folder: RunFolder) -> int:
@@ -82,21 +84,26 @@ def train(config: Config, folder: RunFolder) -> int:
 
 
 def train_under_torchrun(config: Config, resume: str) -> int:
-    """`train`, started by torchrun: rank 0 opens the run's folder, and the others follow."""
-    initialize(config.parallel)
-    opened: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            opened[0] = open_run_folder(config, resume=resume)
-        except ConfigError as error:
-            opened[0] = error
-    dist.broadcast_object_list(opened, src=0)
-    if isinstance(opened[0], ConfigError):
-        raise opened[0]
-    folder, note = opened[0]
-    if note and dist.get_rank() == 0:
-        print(note)
-    return train(config, folder)
+    """`train`, started by torchrun, perhaps again: rank 0 opens the run's folder, and the others follow."""
+    with Watch(config).phase("starting or stopping"):
+        initialize(config.parallel)
+        agents: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(agents, torchrun_agent())
+    with ExitStack() as stack:
+        opened: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                stack.enter_context(only_one_run(config))
+                opened[0] = open_run_folder(config, resume=resume, launchers=set(agents))
+            except ConfigError as error:
+                opened[0] = error
+        dist.broadcast_object_list(opened, src=0)
+        if isinstance(opened[0], ConfigError):
+            raise opened[0]
+        folder, note = opened[0]
+        if note and dist.get_rank() == 0:
+            print(note, flush=True)
+        return 0 if folder.is_finished else train(config, folder)
 
 
 class Run:
@@ -359,7 +366,7 @@ class _StopRequest:
     """SIGINT and SIGTERM ask the run to save and leave after the step under way; all processes must agree."""
 
     def __enter__(self) -> Self:
-        self._asked: set[int] = set()
+        self._asked: dict[int, float] = {}
         self._previous = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -377,10 +384,11 @@ class _StopRequest:
         return bool(asked)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if number in self._asked:  # a second time: the user will not wait
-            signal.signal(number, signal.SIG_DFL)
+        # By number: a terminal's Ctrl-C arrives beside the launcher's SIGTERM. And a scheduler signals this
+        # process and its launcher, which passes the same signal on.
+        if time.monotonic() - self._asked.setdefault(number, time.monotonic()) > _SAME_SIGNAL_S:
+            signal.signal(number, signal.SIG_DFL)  # a second time: the user will not wait
             os.kill(os.getpid(), number)
-        self._asked.add(number)  # by number: a terminal's Ctrl-C arrives beside the launcher's SIGTERM
 
 
 def _headline(figures: Mapping[str, Any]) -> str:

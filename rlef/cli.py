@@ -210,19 +210,18 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
 def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, max_file_mb: float) -> None:
     """Write a run's policy as a Hugging Face folder."""
     from rlef.run_folder import RunFolder, read_run_config
+    from rlef.standalone import export_policy
 
     config = read_run_config(run_folder)
     _require_empty(output)
     folder = RunFolder(path=run_folder, checkpoint=checkpoint)
-    status = run_processes(
-        _export,
-        (config, folder, output, dtype, int(max_file_mb * 1000**2)),
-        processes=config.parallel.processes,
-        threads=config.parallel.threads_per_process,
+    max_file_bytes = int(max_file_mb * 1000**2)
+    status = _with_status(
+        lambda: export_policy(config, folder, output, dtype=dtype, max_file_bytes=max_file_bytes)
     )
     if status == 0:
         click.echo(f"wrote {output}")
-    sys.exit(_of_command(status))
+    sys.exit(status)
 
 
 @main.command()
@@ -554,16 +553,8 @@ def _train(config: Config, folder: Any) -> int:
     return _with_status(lambda: run(config, folder))
 
 
-def _export(config: Config, folder: Any, output: Path, dtype: str, max_file_bytes: int) -> int:
-    from rlef.standalone import export_policy
-
-    return _with_status(
-        lambda: export_policy(config, folder, output, dtype=dtype, max_file_bytes=max_file_bytes)
-    )
-
-
 def _with_status(action: Callable[[], int]) -> int:
-    from rlef.checkpoint import CheckpointError
+    from rlef.checkpoint_files import CheckpointError
     from rlef.faults import RunFault, described
 
     try:

@@ -184,6 +184,7 @@ class ServerConfig(Section):
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 50
     keep: PositiveInt = 2
+    asynchronous: bool = True  # a step waits for a copy in memory, not for the disk
 
 
 class Config(Section):

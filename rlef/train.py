@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -74,10 +73,12 @@ def train(config: Config, folder: RunFolder) -> int:
                 run.evaluate("interim")
         if step < config.run.steps:
             run.save(step)
+            run.finish_saving()
             run.telemetry.note(
                 f"stopped and saved after step {step} of {config.run.steps}; --resume auto continues"
             )
             return 0
+        run.finish_saving()  # before a summary says that the run is over
         run.evaluate("final")
     return 0
 
@@ -138,12 +139,12 @@ class Run:
         )
         self._pace = Pace(self.networks.parallel.device) if self.networks.parallel.world_size > 1 else None
         self._own_s: dict[str, float] = {}  # of this process in the step's phases
-        self._checkpoint: Path | None = None  # the last one
         self._problems = sources.load(config, "train")
         self._origin = 0  # where in them step 0 began
         self._eval_problems = sources.load(config, "eval")
         self._executor = stack.enter_context(open_executor(config.executor))
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
+        stack.callback(self._store.close)
         self._stack = stack
         self._asynchronous: AsynchronousRollouts | None = None
         if config.rollout.max_staleness > 0:
@@ -161,9 +162,9 @@ class Run:
         checkpoint = self._store.load(named) if named else self._store.load_latest()
         step = 0
         if checkpoint is not None:
-            step, self._checkpoint = checkpoint.step, checkpoint.path
-            self.networks.policy.load_state_dict(checkpoint.rank_state["policy"])
-            self.networks.value.load_state_dict(checkpoint.rank_state["value"])
+            step = checkpoint.step
+            self.networks.policy.load_state_dict(checkpoint.states["policy"])
+            self.networks.value.load_state_dict(checkpoint.states["value"])
             self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.episodes_per_step
             self._started -= checkpoint.shared["seconds"]
             self.sampler.push(self.networks.policy.named_weights(), version=step)
@@ -177,7 +178,7 @@ class Run:
             )
         )
         if self._asynchronous is not None:
-            self._asynchronous.start(step, checkpoint.rank_state.get("rollouts") if checkpoint else None)
+            self._asynchronous.start(step, checkpoint.rollouts if checkpoint else ())
             self._stack.callback(self._asynchronous.close)
         return step
 
@@ -188,14 +189,18 @@ class Run:
             self.telemetry.timer.phase(_CHECKPOINT),
             self._sampler_to_itself(),
         ):
-            rank_state: dict[str, Any] = {
-                "policy": dict(self.networks.policy.state_dict()),
-                "value": dict(self.networks.value.state_dict()),
+            states = {
+                "policy": self.networks.policy.state_dict(),
+                "value": self.networks.value.state_dict(),
             }
-            if self._asynchronous is not None:
-                rank_state["rollouts"] = self._asynchronous.save()
+            rollouts = "" if self._asynchronous is None else self._asynchronous.save()
             shared = {"cursor": self._position(step), "seconds": self._seconds()}
-            self._checkpoint = self._store.save(step, rank_state, shared)
+            self._store.save(step, states, shared, rollouts)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is whole."""
+        with self._watch.phase("saving"), self.telemetry.timer.phase(_CHECKPOINT):
+            self._store.finish()
 
     def collect(self, step: int) -> Collection:
         """The episodes of a step, on all processes."""
@@ -227,7 +232,7 @@ class Run:
             try:
                 return self.learner.step(episodes, train_policy=train_policy)
             except SkippedTooOftenError as error:
-                raise not_finite(error, step=step + 1, checkpoint=self._checkpoint) from error
+                raise not_finite(error, step=step + 1, checkpoint=self._store.finish()) from error
 
     def pace(self) -> dict[str, float]:
         """The process that others wait for most in this step, which is named if it is slow."""

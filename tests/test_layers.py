@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from lower floors only, so modules of one floor do not know each other.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
-    frozenset({"config", "files", "records"}),
+    frozenset({"config", "files", "pieces", "records"}),
     frozenset({"judging", "ports"}),
     frozenset(
         {
@@ -27,6 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "families",
             "faults",
             "losses",
+            "moments",
             "packing",
             "plan_cluster",
             "plan_model",
@@ -36,7 +37,16 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"analysis", "attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}
+        {
+            "analysis",
+            "attention",
+            "checkpoint_files",
+            "hidden_conventions",
+            "launch",
+            "megatron_cpu",
+            "pretrained",
+            "run_folder",
+        }
     ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
     frozenset({"problem_check", "sources", "weights"}),

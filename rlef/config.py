@@ -30,6 +30,7 @@ FeedbackKind = Literal["true", "none", "random"]
 ValueLevel = Literal["turn", "token"]
 SamplerName = Literal["torch", "vllm"]
 Recompute = Literal["none", "full"]
+DType = Literal["float32", "bfloat16"]
 
 
 class ConfigError(ValueError):
@@ -63,6 +64,7 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = False  # its state split over data parallel ranks
     threads_per_process: PositiveInt = 1  # on CPU
     timeout_s: PositiveInt = 600  # of one collective
+    dtype: DType = "float32"  # of weights and activations; what the optimiser steps is always float32
 
 
 class ProblemsConfig(Section):
@@ -95,7 +97,7 @@ class VllmConfig(Section):
 
     memory_fraction: Fraction = 0.4  # of a GPU's memory, for weights and cache; of the host's on a CPU
     tensor_parallel: PositiveInt = 1  # GPUs over which one sampler's model is split
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
 
 
 class ExecutorConfig(Section):

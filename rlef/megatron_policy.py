@@ -271,6 +271,7 @@ class MegatronNetwork:
             **asdict(self._shape),
             **shard,
             "head": self._head,
+            "dtype": str(self._model.config.params_dtype).removeprefix("torch."),
             "trained": self._training is not None,
             "tensor": mpu.get_tensor_model_parallel_world_size(),
             "tensor_rank": mpu.get_tensor_model_parallel_rank(),
@@ -341,7 +342,11 @@ class _Training:
     ) -> None:
         """`sharded`: each data-parallel rank keeps moments of, and steps, its part of the parameters."""
         self.sharded = sharded
-        buffers = DistributedDataParallelConfig(use_distributed_optimizer=sharded)
+        self._mixed = config.bf16  # the optimiser keeps fp32 copies of the weights, and steps those
+        buffers = DistributedDataParallelConfig(
+            use_distributed_optimizer=sharded,
+            grad_reduce_in_fp32=True,  # and added up over micro-batches
+        )
         self.model = DistributedDataParallel(config, buffers, model)
         config.no_sync_func = self.model.no_sync
         config.finalize_model_grads_func = _add_up_gradients
@@ -355,6 +360,8 @@ class _Training:
             adam_beta2=optimizer.beta2,
             adam_eps=optimizer.eps,
             use_distributed_optimizer=sharded,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
         )
         with megatron_cpu.type_names_of_cuda(self.model.parameters()):
             self._optimizer = get_megatron_optimizer(settings, [self.model], use_gloo_process_groups=False)
@@ -410,12 +417,23 @@ class _Training:
         )
         return math.sqrt(squared.item())
 
+    def _masters(self) -> list[Tensor]:
+        """What the optimiser steps: this rank's part of the weights, in fp32."""
+        return [tensor.detach() for group in self._own.optimizer.param_groups for tensor in group["params"]]
+
     def state_dict(self) -> dict[str, Any]:
         # Of torch's optimiser: that of megatron's distributed one has no moments, unless it gathers them.
-        return {"optimizer": self._own.optimizer.state_dict(), "updates": self._schedule.num_steps}
+        return {
+            "optimizer": self._own.optimizer.state_dict(),
+            "master_weights": self._masters() if self._mixed else [],  # else they are the weights
+            "updates": self._schedule.num_steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._own.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would keep its tensors
+        if self._mixed:
+            for master, saved in zip(self._masters(), state["master_weights"], strict=True):
+                master.copy_(saved)
         self._schedule.num_steps = state["updates"]
 
 
@@ -519,7 +537,8 @@ class _PackedAttention(nn.Module):
     ) -> Tensor:
         """`[tokens, heads, head_dim]`, twice `[tokens, groups, head_dim]` -> `[tokens, heads * head_dim]`."""
         cosine, sine = packed_seq_params.cosine, packed_seq_params.sine
-        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        # In fp32, and rounded once: to rotate in bf16 would round each factor and each product.
+        query, key = (rotate(states, cosine, sine).to(value.dtype) for states in (query, key))
         return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q).flatten(1)
 
 
@@ -579,7 +598,8 @@ class _ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
         """`[tokens / ranks, 1, hidden]` -> `[tokens, 1, 1]`; ranks: those of sequence parallelism."""
-        values: Tensor = self.value_head(hidden)
+        # In fp32 also where the weights are bf16: rounded to eight bits, neighbouring values would be equal.
+        values = nn.functional.linear(hidden.float(), self.value_head.weight.float())
         if self._gathers:
             # Every rank makes the same loss of all values, so each keeps its own tokens' gradient.
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
@@ -602,6 +622,7 @@ def _layer_spec(shape: ModelShape) -> Any:
 def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> TransformerConfig:
     pipeline = mpu.get_pipeline_model_parallel_world_size()
     recompute = parallel.recompute == "full"
+    dtype = getattr(torch, parallel.dtype)
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -625,8 +646,9 @@ def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transfor
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,  # kept: what goes into each layer
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
         perform_initialization=False,  # weights are always loaded
         use_cpu_initialization=not torch.cuda.is_available(),
         calculate_per_token_loss=True,  # see _add_up_gradients

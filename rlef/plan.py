@@ -40,7 +40,7 @@ class Abilities:
 # With the embedded sampler; `trainer_with` knows the other. Nor has it context parallelism or an interleaved
 # pipeline; layouts with those are not made.
 TRAINER = Abilities(
-    bf16=False,
+    bf16=True,
     distributed_optimizer=True,
     sequence_parallel=True,
     recompute=True,
@@ -258,6 +258,7 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
     if cluster.nodes > 1:
         words += ["--rdzv-endpoint", '"$HEAD:29500"']
     layout, memory = candidate.layout, candidate.memory
+    dtype = "bfloat16" if layout.precision == "bf16" else "float32"
     overrides = [
         *arguments,
         f"parallel.tensor={layout.tensor}",
@@ -265,10 +266,11 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
         f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
         f"parallel.recompute={'full' if layout.recompute else 'none'}",
         f"parallel.distributed_optimizer={str(layout.distributed_optimizer).lower()}",
+        f"parallel.dtype={dtype}",
     ]
     if not layout.whole_cache:
         share = (memory.sampler_weights + memory.kv_cache) / cluster.gpu.memory_bytes
-        overrides.append(f"vllm.memory_fraction={math.ceil(100 * share) / 100}")
+        overrides += [f"vllm.memory_fraction={math.ceil(100 * share) / 100}", f"vllm.dtype={dtype}"]
     return " ".join([*words, "-m", "rlef", "train", *(shlex.quote(word) for word in overrides)])
 
 

@@ -130,7 +130,8 @@ def rollout_s(
     slots = min(here, work.slots, fitting)
     step = DecodeStep(size, cluster, layout, assumptions, context)
     operations = size.forward_operations("logits", work.episode_tokens) * work.read_tokens * here
-    rate = cluster.gpu.flops(layout.precision) * assumptions.prefill_efficiency * layout.sampler_tensor
+    flops = cluster.gpu.flops(layout.sampler_precision)
+    rate = flops * assumptions.prefill_efficiency * layout.sampler_tensor
     return operations / rate + _decode_all(lengths, slots, step)
 
 
@@ -183,16 +184,16 @@ class DecodeStep:
         gpu, ranks = cluster.gpu, layout.sampler_tensor
         matrices = size.matrix_parameters("logits") / ranks
         reading = gpu.memory_bandwidth * assumptions.decode_bandwidth
-        rate = gpu.flops(layout.precision) * assumptions.decode_operations
-        self._weights = matrices * layout.element_bytes / reading
+        rate = gpu.flops(layout.sampler_precision) * assumptions.decode_operations
+        self._weights = matrices * layout.sampler_element_bytes / reading
         self._operations = 2 * matrices / rate
-        self._cache = size.cache_elements() * layout.element_bytes * context / ranks / reading
+        self._cache = size.cache_elements() * layout.sampler_element_bytes * context / ranks / reading
         self._each = assumptions.decode_sequence_s
         self._fixed = assumptions.decode_step_s
         if ranks > 1:
             self._fixed += 2 * size.num_hidden_layers * assumptions.reduce_latency_s
             link = bandwidth_within(cluster, ranks, assumptions)
-            bytes_ = 2 * size.num_hidden_layers * size.hidden_size * layout.element_bytes
+            bytes_ = 2 * size.num_hidden_layers * size.hidden_size * layout.sampler_element_bytes
             self._each += reduce_s(bytes_, ranks, link)
 
     def __call__(self, sequences: int) -> float:

@@ -64,7 +64,7 @@ def rlef(*arguments: str) -> Result:
 
 @pytest.fixture
 def network() -> Iterator[MegatronNetwork]:
-    parallel = ParallelConfig(recompute="full", distributed_optimizer=True)
+    parallel = ParallelConfig(recompute="full", distributed_optimizer=True, dtype="bfloat16")
     initialize(parallel)
     yield MegatronNetwork(
         UNTIED, random_weights(UNTIED), head="logits", parallel=parallel, optimizer=SMOOTH, lr=1.0
@@ -225,9 +225,11 @@ def test_nothing_that_fits_is_said_with_what_would_help() -> None:
 
 
 def test_a_model_too_large_for_what_runs_today_is_told_what_its_best_layout_needs() -> None:
-    """Eight billion parameters: loadable, but whole in fp32 beside the cache."""
+    """Eight billion parameters: loadable, but not beside a cache of whole contexts."""
     result = rlef("--model", "llama-3.1-8b", "--gpu", "H100", "--nodes", "2")
-    assert "No layout that the trainer can run today fits. The best needs: bf16" in result.stdout
+    (needs,) = [line for line in result.stdout.splitlines() if "The best needs: " in line]
+    assert needs.startswith("No layout that the trainer can run today fits.")
+    assert "rollout.sampler=vllm" in needs
     assert "torchrun" not in result.stdout
 
 
@@ -260,6 +262,7 @@ def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
     assert found.sequence_parallel == layout.sequence_parallel
     assert found.distributed_optimizer == layout.distributed_optimizer
     assert found.recompute == ("full" if layout.recompute else "none")
+    assert found.dtype == ("bfloat16" if layout.precision == "bf16" else "float32")
 
 
 @pytest.mark.slow
@@ -294,6 +297,7 @@ def test_with_vllm_the_plan_gives_its_cache_a_share_of_the_gpu() -> None:
     plan = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with("vllm"))
     paged = next(each for each in plan.candidates if not each.layout.whole_cache and not each.missing)
     command = launch_command(paged, cluster, ["run.toml", "rollout.sampler=vllm"])
+    assert "vllm.dtype=bfloat16" in shlex.split(command)
     (share,) = [word for word in shlex.split(command) if word.startswith("vllm.memory_fraction=")]
     taken = float(share.partition("=")[2]) * cluster.gpu.memory_bytes
     assert taken >= paged.memory.sampler_weights + paged.memory.kv_cache

@@ -65,6 +65,8 @@ class ParallelConfig(Section):
     threads_per_process: PositiveInt = 1  # on CPU
     timeout_s: PositiveInt = 600  # of one collective
     dtype: DType = "float32"  # of weights and activations; what the optimiser steps is always float32
+    virtual_pipeline: PositiveInt = 1  # chunks of layers per pipeline rank; above 1: megatron's interleaving
+    offload_reference: bool = False  # its weights in host memory, and on the device only while it scores
 
 
 class ProblemsConfig(Section):
@@ -215,6 +217,11 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             "parallel.sequence_parallel = true splits the tokens over tensor parallel ranks, and "
             "parallel.tensor = 1; raise parallel.tensor or set parallel.sequence_parallel=false"
+        )
+    if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline = {config.parallel.virtual_pipeline} interleaves the stages of a "
+            "pipeline, and parallel.pipeline = 1; raise it or set parallel.virtual_pipeline=1"
         )
     data_parallel = config.parallel.processes // model_parallel
     if episodes // updates < data_parallel:

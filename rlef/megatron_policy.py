@@ -13,6 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -26,6 +27,7 @@ from rlef import megatron_cpu
 from rlef.attention import packed_attention
 from rlef.config import OptimizerConfig, ParallelConfig
 from rlef.losses import token_logprobs
+from rlef.offload import HostWeights
 from rlef.ports import LossFunction, Network, Networks, ParallelState, UpdateStats, combine_statistics
 from rlef.pretrained import Weights
 from rlef.records import Batch, ModelShape
@@ -86,6 +88,9 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+            ),
             distributed_timeout_minutes=math.ceil(parallel.timeout_s / 60),
             create_gloo_process_groups=False,
         )
@@ -133,7 +138,9 @@ def build_networks(
             of a model of this shape.
     """
     policy, state = build_policy(shape, weights, parallel=parallel, optimizer=optimizer)
-    reference = MegatronNetwork(shape, weights, head="logits", parallel=parallel)
+    reference = MegatronNetwork(
+        shape, weights, head="logits", parallel=parallel, offloaded=parallel.offload_reference
+    )
     value = MegatronNetwork(
         shape, weights, head="value", parallel=parallel, optimizer=optimizer, lr=optimizer.value_lr
     )
@@ -168,26 +175,34 @@ class MegatronNetwork:
         parallel: ParallelConfig = _PLAIN,
         optimizer: OptimizerConfig | None = None,
         lr: float = 0.0,
+        offloaded: bool = False,
     ) -> None:
-        """Of `parallel` the options are read; the sizes are those that `initialize` was given."""
+        """Of `parallel` the options are read; the sizes are those that `initialize` was given.
+
+        `offloaded`: the weights of a frozen network lie in host memory, and are on the device while it
+        scores.
+        """
         self._shape = shape
         self._head = head
         config = _transformer_config(shape, parallel)
-        self._model = _PackedModel(config, shape, head)
-        self._device = self._model.cosine.device
+        self._config = config
+        chunks = [_PackedModel(config, shape, head, number) for number in range(_chunks())]
+        self._model = nn.ModuleList(chunks)
+        self._device = next(self._model.parameters()).device
         groups = {
             "tensor_group": mpu.get_tensor_model_parallel_group(),
             "pipeline_group": mpu.get_pipeline_model_parallel_group(),
         }
-        load_huggingface(self._model, weights, shape, head, **groups)
-        self._gather = partial(gather_huggingface, self._model, shape, head, **groups)
+        load_huggingface(chunks, weights, shape, head, **groups)
+        self._gather = partial(gather_huggingface, chunks, shape, head, **groups)
         self._training: _Training | None = None
         if optimizer is not None:
-            self._training = _Training(
-                config, self._model, optimizer, lr, sharded=parallel.distributed_optimizer
-            )
+            self._training = _Training(config, chunks, optimizer, lr, sharded=parallel.distributed_optimizer)
         if self._training is None:
             self._model.requires_grad_(False)
+        self._on_device: Callable[[], AbstractContextManager[None]] = nullcontext
+        if offloaded:
+            self._on_device = HostWeights(self._model, self._device).on_device
 
     def forward(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
         """No gradient. A policy: log-prob of each token `[tokens]`, 0 outside the response mask.
@@ -196,7 +211,7 @@ class MegatronNetwork:
         """
         if not micro_batches:
             return []
-        with torch.no_grad():
+        with torch.no_grad(), self._on_device():
             outputs = self._run(self._model, enumerate(micro_batches), self._score, forward_only=True)
         if mpu.get_pipeline_model_parallel_world_size() == 1:
             return outputs
@@ -218,7 +233,7 @@ class MegatronNetwork:
             return summed, torch.zeros((), dtype=torch.int), statistics  # no token count: see _Training
 
         self._training.zero_gradients()
-        statistics = self._run(self._training.model, indexed, evaluate, forward_only=False)
+        statistics = self._run(self._training.chunks, indexed, evaluate, forward_only=False)
         grad_norm = self._training.step()
         return UpdateStats(
             statistics=_over_all_ranks(statistics),
@@ -227,10 +242,10 @@ class MegatronNetwork:
             skipped=not math.isfinite(grad_norm),
         )
 
-    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Copies of the whole weights under Hugging Face names, on every rank. Collective: read all of it."""
-        named: Iterator[tuple[str, Tensor]] = self._gather()
-        return named
+        with self._on_device():
+            yield from self._gather()
 
     def state_dict(self) -> Mapping[str, Any]:
         """This rank's shard: weights, optimiser and schedule, to continue bit for bit.
@@ -271,36 +286,54 @@ class MegatronNetwork:
             **asdict(self._shape),
             **shard,
             "head": self._head,
-            "dtype": str(self._model.config.params_dtype).removeprefix("torch."),
+            "dtype": str(self._config.params_dtype).removeprefix("torch."),
             "trained": self._training is not None,
             "tensor": mpu.get_tensor_model_parallel_world_size(),
             "tensor_rank": mpu.get_tensor_model_parallel_rank(),
             "pipeline": mpu.get_pipeline_model_parallel_world_size(),
             "pipeline_rank": mpu.get_pipeline_model_parallel_rank(),
+            "virtual_pipeline": _chunks(),
         }
 
     def _run(
-        self, model: nn.Module, batches: Iterable[tuple[int, Batch]], collect: Collect, *, forward_only: bool
+        self,
+        chunks: Iterable[nn.Module],
+        batches: Iterable[tuple[int, Batch]],
+        collect: Collect,
+        *,
+        forward_only: bool,
     ) -> list[Any]:
         """Megatron's schedule for this pipeline: what the last stage collected, nothing on the others."""
-        queue = list(batches)
+        models, queue = list(chunks), list(batches)
+        wanted = len(queue)
+        lengths = [self._shared_equally(batch.num_tokens) for _, batch in queue]
+        if len(models) > 1:
+            # Interleaved, megatron wants as many micro-batches for each rank, and all of one length.
+            queue += [(-1, _single_token())] * (-wanted % mpu.get_pipeline_model_parallel_world_size())
+            lengths = [max(lengths)] * len(queue)
 
-        def step(remaining: Iterator[tuple[int, Batch]], model: nn.Module) -> tuple[Tensor, Any]:
-            index, batch = next(remaining)
+        def step(remaining: Iterator[tuple[int, Batch, int]], model: nn.Module) -> tuple[Tensor, Any]:
+            index, batch, length = next(remaining)
             batch = batch.to(self._device)
-            return model(batch), lambda output, **_: collect(index, batch, output)
+            return model(batch, length), lambda output, **_: collect(index, batch, output)
 
+        packs = [(index, batch, length) for (index, batch), length in zip(queue, lengths, strict=True)]
         collected: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(queue),
-            model=model,
-            num_microbatches=len(queue),
-            seq_length=1,  # not used, since lengths vary
+            data_iterator=[iter(packs) for _ in models],
+            model=models,
+            num_microbatches=len(packs),
+            seq_length=lengths[0],  # read where lengths do not vary: interleaved
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-        return collected
+        return collected[:wanted]
+
+    def _shared_equally(self, tokens: int) -> int:
+        """That many, or as many more as the ranks of sequence parallelism need to have the same number."""
+        ranks = self._config.tensor_model_parallel_size if self._config.sequence_parallel else 1
+        return tokens + -tokens % ranks
 
     def _outputs(self, batch: Batch, output: Tensor) -> Tensor:
         """Of `[1, padded, channels]`: logits `[tokens, vocab / tensor ranks]`, or float32 `[values]`."""
@@ -334,7 +367,7 @@ class _Training:
     def __init__(
         self,
         config: TransformerConfig,
-        model: _PackedModel,
+        chunks: Sequence[_PackedModel],
         optimizer: OptimizerConfig,
         lr: float,
         *,
@@ -347,8 +380,11 @@ class _Training:
             use_distributed_optimizer=sharded,
             grad_reduce_in_fp32=True,  # and added up over micro-batches
         )
-        self.model = DistributedDataParallel(config, buffers, model)
-        config.no_sync_func = self.model.no_sync
+        self.chunks = [DistributedDataParallel(config, buffers, chunk) for chunk in chunks]
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        self._device = parameters[0].device
+        later = [chunk.no_sync for chunk in self.chunks]
+        config.no_sync_func = later if len(later) > 1 else later[0]
         config.finalize_model_grads_func = _add_up_gradients
         self._clip_grad = optimizer.clip_grad
         settings = MegatronOptimizerConfig(
@@ -363,8 +399,8 @@ class _Training:
             bf16=config.bf16,
             params_dtype=config.params_dtype,
         )
-        with megatron_cpu.type_names_of_cuda(self.model.parameters()):
-            self._optimizer = get_megatron_optimizer(settings, [self.model], use_gloo_process_groups=False)
+        with megatron_cpu.type_names_of_cuda(parameters):
+            self._optimizer = get_megatron_optimizer(settings, self.chunks, use_gloo_process_groups=False)
         (only,) = self._optimizer.chained_optimizers  # there would be another for experts
         self._own = only
         # It also keeps weight decay from the norms: parameter groups are only marked, the schedule acts on
@@ -389,7 +425,8 @@ class _Training:
         return rate
 
     def zero_gradients(self) -> None:
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def step(self) -> float:
@@ -410,7 +447,7 @@ class _Training:
     def _grad_norm(self) -> float:
         """Over all shards. What several ranks hold, counts once."""
         gradients = self._own.get_main_grads_for_grad_norm()
-        squared = nn.utils.get_total_norm(gradients).to(self.model.module.cosine.device).square()
+        squared = nn.utils.get_total_norm(gradients).to(self._device).square()
         everyone = None
         torch.distributed.all_reduce(
             squared, group=everyone if self.sharded else mpu.get_model_parallel_group()
@@ -454,11 +491,18 @@ class _PackedSequences(PackedSeqParams):  # type: ignore[misc]
     sine: Tensor | None = None  # [tokens, 1, head_dim]
 
 
-class _PackedModel(GPTModel):  # type: ignore[misc]
-    """This rank's stage and shard of the decoder, on packed batches."""
+def _chunks() -> int:
+    """Of layers on each pipeline rank; more than one make the pipeline interleaved."""
+    return mpu.get_virtual_pipeline_model_parallel_world_size() or 1
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, head: Head) -> None:
-        stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
+
+class _PackedModel(GPTModel):  # type: ignore[misc]
+    """A stage of the decoder, and this rank's shard of it, on packed batches."""
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, head: Head, chunk: int) -> None:
+        """`chunk`: the first of this rank's stages, or the next one of an interleaved pipeline."""
+        ranks = mpu.get_pipeline_model_parallel_world_size()
+        stage, stages = chunk * ranks + mpu.get_pipeline_model_parallel_rank(), _chunks() * ranks
         layers = [_layer_spec(shape)] * (shape.num_hidden_layers // stages)
         super().__init__(
             config,
@@ -470,6 +514,7 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
             parallel_output=True,  # logits stay split over the vocabulary
             share_embeddings_and_output_weights=shape.tie_word_embeddings and head == "logits",
             position_embedding_type="none",  # _PackedAttention rotates
+            vp_stage=chunk if _chunks() > 1 else None,
         )
         if self.post_process and head == "value":
             self.output_layer = _ValueHead(config)
@@ -488,12 +533,12 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
         cosine, sine = rotary_tables(shape, shape.max_position_embeddings)
         self.cosine, self.sine = cosine.to(device), sine.to(device)  # [positions, head_dim]
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Last stage: `[1, padded tokens, vocab / tensor parallel size]` or `[1, padded tokens, 1]`.
+    def forward(self, batch: Batch, padded: int) -> Tensor:
+        """Last stage: `[1, padded, vocab / tensor parallel size]` or `[1, padded, 1]`; others: hidden states.
 
-        Other stages give hidden states. Padding follows the batch's tokens.
+        Padding to so many tokens follows the batch's own.
         """
-        token_ids, position_ids, cu_seqlens = self._padded(batch)
+        token_ids, position_ids, cu_seqlens = _pad(batch, padded - batch.num_tokens)
         sequences = _PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -506,24 +551,24 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
         )
         return output
 
-    def _padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, position ids and `cu_seqlens` of as many tokens as the ranks can share equally.
-
-        What is added is a sequence of its own, so that no token attends to it; and no loss reads it.
-        """
-        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        padding = -batch.num_tokens % ranks
-        if padding == 0:
-            return batch.token_ids, batch.position_ids, batch.cu_seqlens
-        return (
-            nn.functional.pad(batch.token_ids, (0, padding)),
-            torch.cat([batch.position_ids, torch.arange(padding, device=batch.position_ids.device)]),
-            torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + padding]),
-        )
-
     def _is_in_embd_group(self) -> bool:
         """With tied embeddings, first and last stage need not agree on first weights: both load theirs."""
         return False
+
+
+def _pad(batch: Batch, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, position ids and `cu_seqlens` with so many tokens more.
+
+    They are a sequence of its own, so that no token attends to it; and no loss reads it. Any position will
+    do, and the context may be shorter than the padding.
+    """
+    if tokens == 0:
+        return batch.token_ids, batch.position_ids, batch.cu_seqlens
+    return (
+        nn.functional.pad(batch.token_ids, (0, tokens)),
+        nn.functional.pad(batch.position_ids, (0, tokens)),
+        torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + tokens]),
+    )
 
 
 class _PackedAttention(nn.Module):
@@ -620,7 +665,7 @@ def _layer_spec(shape: ModelShape) -> Any:
 
 
 def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> TransformerConfig:
-    pipeline = mpu.get_pipeline_model_parallel_world_size()
+    pipeline, chunks = mpu.get_pipeline_model_parallel_world_size(), _chunks()
     recompute = parallel.recompute == "full"
     dtype = getattr(torch, parallel.dtype)
     return TransformerConfig(
@@ -642,6 +687,7 @@ def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transfor
         hidden_dropout=0.0,
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
@@ -652,9 +698,13 @@ def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transfor
         perform_initialization=False,  # weights are always loaded
         use_cpu_initialization=not torch.cuda.is_available(),
         calculate_per_token_loss=True,  # see _add_up_gradients
-        variable_seq_lengths=pipeline > 1,  # each pack has its own number of tokens
+        variable_seq_lengths=pipeline > 1 and chunks == 1,  # each pack has its own number of tokens
         moe_token_dispatcher_type="alltoall",  # noqa: S106 (no password) variable_seq_lengths insists on it
-        batch_p2p_comm=False,  # batched sends and receives of varying lengths can cross
+        # Batched sends and receives of varying lengths can cross; of an interleaved pipeline, so batched or
+        # overlapped, some gradients are silently wrong on gloo.
+        batch_p2p_comm=False,
+        batch_p2p_sync=False,
+        overlap_p2p_comm=False,
         deallocate_pipeline_outputs=False,
         cuda_graph_scope=[],  # the default is a deprecated word for the same, and warns
         # Kernels of Apex and Transformer Engine, or compiled at first use:

@@ -30,7 +30,9 @@ FLOORS: tuple[frozenset[str], ...] = (
             "solve_rate",
         }
     ),
-    frozenset({"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}),
+    frozenset(
+        {"attention", "hidden_conventions", "launch", "megatron_cpu", "offload", "pretrained", "run_folder"}
+    ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model"}),
     frozenset({"weights"}),
     frozenset(

@@ -74,13 +74,13 @@ def network() -> Iterator[MegatronNetwork]:
 
 def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> None:
     """If this fails, the trainer has learned something: tell `TRAINER` and `launch_command` in plan.py."""
-    config = network._model.config
+    config = network._config
     assert network._training is not None
     settings_of_all = {name for _, section in Config() for name in type(section).model_fields}
     assert (
         Abilities(
             bf16=config.bf16,
-            distributed_optimizer=network._training.model.ddp_config.use_distributed_optimizer,
+            distributed_optimizer=network._training.chunks[0].ddp_config.use_distributed_optimizer,
             sequence_parallel="sequence_parallel" in settings_of_all,
             recompute=config.recompute_granularity == "full",
             disaggregated="topology" in settings_of_all,

@@ -77,7 +77,7 @@ def bytes_of(network: MegatronNetwork) -> tuple[int, int, int]:
         if name in {"exp_avg", "exp_avg_sq"}
     ]
     assert network._training is not None
-    buffers = [buffer.grad_data for buffer in network._training.model.buffers]
+    buffers = [buffer.grad_data for chunk in network._training.chunks for buffer in chunk.buffers]
     return sum(map(nbytes, state["weights"].values())), sum(map(nbytes, buffers)), sum(map(nbytes, optimizer))
 
 

@@ -32,6 +32,7 @@ class Layout:
     distributed_optimizer: bool = False
     sequence_parallel: bool = False
     recompute: bool = False
+    virtual_pipeline: int = 1  # chunks of layers on each pipeline rank
 
     @property
     def data(self) -> int:
@@ -164,9 +165,14 @@ def _parameters(size: ModelSize, head: Head, layout: Layout, stage: int) -> int:
 
 
 def _pass_bytes(size: ModelSize, layout: Layout, stage: int, tokens: int) -> tuple[float, float]:
-    """Activations of the micro-batches in flight (1F1B), and the logits of one with their gradient."""
+    """Activations of the micro-batches in flight, and the logits of one with their gradient.
+
+    In flight is what is begun before the first backward pass, and one more: of an interleaved pipeline in
+    chunks of a rank's layers.
+    """
+    chunks, after = layout.virtual_pipeline, layout.pipeline - 1 - stage  # after: ranks
+    in_flight = after + 1 if chunks == 1 else (2 * after + (chunks - 1) * layout.pipeline + 1) / chunks
     layers = size.num_hidden_layers / layout.pipeline
-    in_flight = layout.pipeline - stage
     kept = layers * activation_elements(size, layout) * in_flight
     if layout.recompute:  # one layer at a time is computed again, and kept whole meanwhile
         kept += activation_elements(size, _without_recomputation(layout))

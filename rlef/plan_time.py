@@ -280,6 +280,9 @@ def _passes_s(
     tokens *= busiest_share(int(sequences), layout.data, assumptions)
     micro_batches = max(1, math.ceil(tokens / work.micro_batch_tokens))
     each = tokens / micro_batches
+    chunks = layout.virtual_pipeline
+    if chunks > 1:  # the schedule wants as many for each rank: the last ones are padding
+        micro_batches = math.ceil(micro_batches / layout.pipeline) * layout.pipeline
     ranks = layout.tensor * layout.pipeline
     rate = cluster.gpu.flops(layout.precision) * assumptions.training_efficiency
     computing = forward * each * size.forward_operations(head, work.episode_tokens) / ranks / rate
@@ -293,8 +296,8 @@ def _passes_s(
         moving += 2 * passes * layers * reduce_s(hidden_bytes, layout.tensor, link)
     if layout.pipeline > 1:
         hop = bandwidth_within(cluster, ranks, assumptions)
-        moving += (1 if forward == 1 else 2) * hidden_bytes / hop
-    return (micro_batches + layout.pipeline - 1) * (computing + moving)
+        moving += chunks * (1 if forward == 1 else 2) * hidden_bytes / hop
+    return (micro_batches + (layout.pipeline - 1) / chunks) * (computing + moving)
 
 
 def _optimizer_s(

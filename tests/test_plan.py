@@ -83,13 +83,14 @@ def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> No
             distributed_optimizer=network._training.chunks[0].ddp_config.use_distributed_optimizer,
             sequence_parallel="sequence_parallel" in settings_of_all,
             recompute=config.recompute_granularity == "full",
+            interleaved="virtual_pipeline" in settings_of_all,
             disaggregated="topology" in settings_of_all,
             paged_sampler=Config().rollout.sampler == "vllm",
             split_sampler=False,  # samplers.check_sampler refuses it beside several processes
         )
         == TRAINER
     )
-    assert (config.context_parallel_size, config.virtual_pipeline_model_parallel_size) == (1, None)
+    assert config.context_parallel_size == 1
 
 
 @given(shapes, st.sampled_from([1, 2, 3, 4, 8]))
@@ -115,7 +116,8 @@ def test_every_layout_uses_all_gpus_and_gives_each_replica_a_sequence(
         assert together == cluster.gpus
         assert layout.data * layout.tensor * layout.pipeline == layout.training_gpus
         assert layout.data <= work.episodes // work.updates
-        assert size.num_hidden_layers % layout.pipeline == 0
+        assert size.num_hidden_layers % (layout.pipeline * layout.virtual_pipeline) == 0
+        assert layout.virtual_pipeline == 1 or layout.pipeline > 1
         assert layout.sampling_gpus % layout.sampler_tensor == 0
         assert not missing_abilities(layout, EVERYTHING if everything else TRAINER)
 
@@ -259,6 +261,7 @@ def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
     overrides = [word for word in words if word.startswith("parallel.")]
     found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus}"]).parallel
     assert (found.tensor, found.pipeline) == (layout.tensor, layout.pipeline)
+    assert found.virtual_pipeline == layout.virtual_pipeline
     assert found.sequence_parallel == layout.sequence_parallel
     assert found.distributed_optimizer == layout.distributed_optimizer
     assert found.recompute == ("full" if layout.recompute else "none")

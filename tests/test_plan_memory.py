@@ -186,6 +186,14 @@ def test_the_first_stage_keeps_the_most_micro_batches_and_the_last_the_logits() 
     assert (first["logits"], last["logits"]) == (0, 2 * 1000 * SIZE.vocab_size * 2)
 
 
+def test_an_interleaved_stage_keeps_more_chunks_in_flight() -> None:
+    """Of two stages by two chunks: five chunks on the first, three on the last, each half a stage."""
+    (first, last), (plain, _) = parts(Layout(pipeline=2, virtual_pipeline=2)), parts(Layout(pipeline=2))
+    assert first["activations"] / plain["activations"] == 5 / 2 / 2
+    assert last["activations"] / plain["activations"] == 3 / 2 / 2
+    assert first["weights"] == plain["weights"]
+
+
 def test_a_run_without_value_network_and_reference_has_no_memory_for_them() -> None:
     (stage,) = parts(Layout(), has_value=False, has_reference=False)
     assert (stage["value_network"], stage["reference"]) == (0, 0)

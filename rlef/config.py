@@ -66,7 +66,13 @@ class ParallelConfig(Section):
     timeout_s: PositiveInt = 600  # of one collective
     dtype: DType = "float32"  # of weights and activations; what the optimiser steps is always float32
     virtual_pipeline: PositiveInt = 1  # chunks of layers per pipeline rank; above 1: megatron's interleaving
+    context: PositiveInt = 1  # ranks that share the tokens of each pack
     offload_reference: bool = False  # its weights in host memory, and on the device only while it scores
+
+    @property
+    def replica(self) -> int:
+        """Processes of one data-parallel replica."""
+        return self.tensor * self.pipeline * self.context
 
 
 class ProblemsConfig(Section):
@@ -207,11 +213,11 @@ def check_arithmetic(config: Config) -> None:
             f"rollout.episodes_per_step = {episodes} is not a multiple of ppo.updates_per_step = {updates}; "
             f"use {max(1, episodes // updates) * updates}"
         )
-    model_parallel = config.parallel.tensor * config.parallel.pipeline
+    model_parallel = config.parallel.replica
     if config.parallel.processes % model_parallel:
         raise ConfigError(
             f"parallel.processes = {config.parallel.processes} is not a multiple of parallel.tensor x "
-            f"parallel.pipeline = {model_parallel}; use {model_parallel}"
+            f"parallel.pipeline x parallel.context = {model_parallel}; use {model_parallel}"
         )
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         raise ConfigError(
@@ -254,7 +260,7 @@ def check_context(config: Config, max_position_embeddings: int) -> None:
 
 def describe_arithmetic(config: Config) -> dict[str, int]:
     """What the batch settings amount to, for `--dry-run`."""
-    data_parallel = config.parallel.processes // (config.parallel.tensor * config.parallel.pipeline)
+    data_parallel = config.parallel.processes // config.parallel.replica
     episodes = config.rollout.episodes_per_step
     return {
         "processes": config.parallel.processes,

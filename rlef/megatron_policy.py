@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from rlef import megatron_cpu
 from rlef.attention import packed_attention
 from rlef.config import OptimizerConfig, ParallelConfig
+from rlef.context import ContextShare, context_share, gathered_places
 from rlef.losses import token_logprobs
 from rlef.offload import HostWeights
 from rlef.ports import LossFunction, Network, Networks, ParallelState, UpdateStats, combine_statistics
@@ -59,8 +60,9 @@ with warnings.catch_warnings():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-Collect = Callable[[int, Batch, Tensor], Any]
-"""What the last stage does with (index of the micro-batch, micro-batch, what the model gave for it)."""
+Collect = Callable[[int, Batch, Tensor, Tensor | None], Any]
+"""What the last stage does with (index of the micro-batch, micro-batch, outputs, rows), as `LossFunction` has
+them."""
 
 _PLAIN = ParallelConfig()
 
@@ -91,6 +93,7 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
             virtual_pipeline_model_parallel_size=(
                 parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
             ),
+            context_parallel_size=parallel.context,
             distributed_timeout_minutes=math.ceil(parallel.timeout_s / 60),
             create_gloo_process_groups=False,
         )
@@ -227,16 +230,21 @@ class MegatronNetwork:
             raise ValueError("a frozen network cannot be updated; build it with an optimizer")
         indexed = list(enumerate(micro_batches)) or [(-1, _single_token())]
 
-        def evaluate(index: int, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            output = self._outputs(batch, output)
-            summed, statistics = loss(output, index) if index >= 0 else (output.sum() * 0.0, {})
-            return summed, torch.zeros((), dtype=torch.int), statistics  # no token count: see _Training
+        def evaluate(
+            index: int, _: Batch, output: Tensor, rows: Tensor | None
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            no_count = torch.zeros((), dtype=torch.int)  # of tokens: see _add_up_gradients
+            if index < 0:
+                return output.sum() * 0.0, no_count, {}
+            is_whole = rows is None or self._head == "value"
+            summed, statistics = loss(output, index) if is_whole else loss(output, index, rows)
+            return summed, no_count, statistics
 
         self._training.zero_gradients()
         statistics = self._run(self._training.chunks, indexed, evaluate, forward_only=False)
         grad_norm = self._training.step()
         return UpdateStats(
-            statistics=_over_all_ranks(statistics),
+            statistics=self._over_all_ranks(statistics),
             grad_norm=grad_norm,
             learning_rate=self._training.learning_rate,
             skipped=not math.isfinite(grad_norm),
@@ -279,8 +287,8 @@ class MegatronNetwork:
         shard = {}
         if self._training is not None and self._training.sharded:
             shard = {
-                "optimizer_shards": mpu.get_data_parallel_world_size(),
-                "optimizer_shard": mpu.get_data_parallel_rank(),
+                "optimizer_shards": mpu.get_data_parallel_world_size(with_context_parallel=True),
+                "optimizer_shard": mpu.get_data_parallel_rank(with_context_parallel=True),
             }
         return {
             **asdict(self._shape),
@@ -315,7 +323,13 @@ class MegatronNetwork:
         def step(remaining: Iterator[tuple[int, Batch, int]], model: nn.Module) -> tuple[Tensor, Any]:
             index, batch, length = next(remaining)
             batch = batch.to(self._device)
-            return model(batch, length), lambda output, **_: collect(index, batch, output)
+            share = self._share(batch, length)
+
+            def last(output: Tensor, **_: object) -> Any:
+                rows = None if share is None else share.positions
+                return collect(index, batch, self._outputs(batch, output, rows), rows)
+
+            return model(batch, length, share), last
 
         packs = [(index, batch, length) for (index, batch), length in zip(queue, lengths, strict=True)]
         collected: list[Any] = get_forward_backward_func()(
@@ -331,22 +345,49 @@ class MegatronNetwork:
         return collected[:wanted]
 
     def _shared_equally(self, tokens: int) -> int:
-        """That many, or as many more as the ranks of sequence parallelism need to have the same number."""
-        ranks = self._config.tensor_model_parallel_size if self._config.sequence_parallel else 1
-        return tokens + -tokens % ranks
+        """That many, or as many more as the ranks that share a pack need for equal parts."""
+        ranks, contexts = 1, self._config.context_parallel_size
+        if self._config.sequence_parallel:
+            ranks = self._config.tensor_model_parallel_size
+        multiple = ranks if contexts == 1 else contexts * math.lcm(ranks, 2)  # two chunks on each
+        return tokens + -tokens % multiple
 
-    def _outputs(self, batch: Batch, output: Tensor) -> Tensor:
-        """Of `[1, padded, channels]`: logits `[tokens, vocab / tensor ranks]`, or float32 `[values]`."""
+    def _share(self, batch: Batch, padded: int) -> ContextShare | None:
+        """This rank's part of a padded pack; None where it holds all of it."""
+        if self._config.context_parallel_size == 1:
+            return None
+        _, _, cu_seqlens = _pad(batch, padded - batch.num_tokens)
+        return context_share(
+            cu_seqlens,
+            rank=mpu.get_context_parallel_rank(),
+            ranks=mpu.get_context_parallel_world_size(),
+        )
+
+    def _outputs(self, batch: Batch, output: Tensor, rows: Tensor | None) -> Tensor:
+        """Of `[1, own tokens, channels]`: logits `[own tokens, vocab / tensor ranks]`, or float32 `[values]`.
+
+        A policy's padding is cut off, unless a context is shared: then no row of padding predicts anything.
+        """
         if self._head == "logits":
-            return output.flatten(0, 1)[: batch.num_tokens]  # not output[0], whose backward copies
-        return output[0, batch.value_positions, 0].float()
+            logits = output.flatten(0, 1)  # not output[0], whose backward copies
+            return logits[: batch.num_tokens] if rows is None else logits
+        if rows is None:
+            return output[0, batch.value_positions, 0].float()
+        # All ranks make the same loss of all values, so each keeps its own tokens' gradient.
+        values: Tensor = gather_from_sequence_parallel_region(
+            output[0, :, 0], tensor_parallel_output_grad=False, group=mpu.get_context_parallel_group()
+        )
+        ranks = mpu.get_context_parallel_world_size()
+        return values[gathered_places(batch.value_positions, tokens=values.shape[0], ranks=ranks)].float()
 
-    def _score(self, _: int, batch: Batch, output: Tensor) -> Tensor:
-        outputs = self._outputs(batch, output)
+    def _score(self, _: int, batch: Batch, outputs: Tensor, rows: Tensor | None) -> Tensor:
         if self._head == "value":
             return outputs
         group = mpu.get_tensor_model_parallel_group()
-        return token_logprobs(outputs, batch, group=group if group.size() > 1 else None)
+        logprobs = token_logprobs(outputs, batch, rows=rows, group=group if group.size() > 1 else None)
+        if rows is not None:
+            torch.distributed.all_reduce(logprobs, group=mpu.get_context_parallel_group())
+        return logprobs
 
     def _output_size(self, batch: Batch) -> int:
         return batch.value_positions.shape[0] if self._head == "value" else batch.num_tokens
@@ -359,6 +400,20 @@ class MegatronNetwork:
         source = mpu.get_pipeline_model_parallel_last_rank()
         torch.distributed.broadcast(flat, source, group=mpu.get_pipeline_model_parallel_group())
         return list(torch.split(flat, list(sizes)))
+
+    def _over_all_ranks(self, collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Statistics of all micro-batches of all data-parallel ranks, equal on every rank of the job."""
+        own = combine_statistics(collected)
+        world_size = torch.distributed.get_world_size()
+        if world_size == 1:
+            return own
+        if mpu.get_tensor_model_parallel_rank() > 0:
+            own = {}  # the same as on tensor parallel rank 0
+        if self._head == "value" and mpu.get_context_parallel_rank() > 0:
+            own = {}  # the same likewise, since values are gathered
+        gathered: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(gathered, own)
+        return combine_statistics(gathered)
 
 
 class _Training:
@@ -485,10 +540,11 @@ def _add_up_gradients(chunks: list[nn.Module], _tokens: Tensor, **groups: Any) -
 
 @dataclass
 class _PackedSequences(PackedSeqParams):  # type: ignore[misc]
-    """Megatron's description of a pack, and the rotary tables of its positions, made once for all layers."""
+    """Megatron's description of a pack, and what layers need besides, made once for all of them."""
 
-    cosine: Tensor | None = None  # [tokens, 1, head_dim]
+    cosine: Tensor | None = None  # [tokens, 1, head_dim] of the rotary embedding
     sine: Tensor | None = None  # [tokens, 1, head_dim]
+    share: ContextShare | None = None  # None: this rank holds the whole pack
 
 
 def _chunks() -> int:
@@ -533,18 +589,21 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
         cosine, sine = rotary_tables(shape, shape.max_position_embeddings)
         self.cosine, self.sine = cosine.to(device), sine.to(device)  # [positions, head_dim]
 
-    def forward(self, batch: Batch, padded: int) -> Tensor:
-        """Last stage: `[1, padded, vocab / tensor parallel size]` or `[1, padded, 1]`; others: hidden states.
+    def forward(self, batch: Batch, padded: int, share: ContextShare | None) -> Tensor:
+        """Last stage: `[1, own, vocab / tensor parallel size]` or `[1, own, 1]`; others: hidden states.
 
-        Padding to so many tokens follows the batch's own.
+        Padding to so many tokens follows the batch's own; of those this rank has its share.
         """
         token_ids, position_ids, cu_seqlens = _pad(batch, padded - batch.num_tokens)
+        if share is not None:
+            token_ids, position_ids = token_ids[share.positions], position_ids[share.positions]
         sequences = _PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             cosine=self.cosine[position_ids][:, None],
             sine=self.sine[position_ids][:, None],
+            share=share,
         )
         output: Tensor = super().forward(
             token_ids[None], position_ids[None], None, packed_seq_params=sequences
@@ -584,7 +643,15 @@ class _PackedAttention(nn.Module):
         cosine, sine = packed_seq_params.cosine, packed_seq_params.sine
         # In fp32, and rounded once: to rotate in bf16 would round each factor and each product.
         query, key = (rotate(states, cosine, sine).to(value.dtype) for states in (query, key))
-        return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q).flatten(1)
+        share = packed_seq_params.share
+        if share is None:
+            return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q).flatten(1)
+        # Gradients of a key come from all ranks whose queries attend to it: backward reduces and scatters.
+        gathered = gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=1), group=mpu.get_context_parallel_group()
+        )
+        key, value = gathered[share.keys].chunk(2, dim=1)
+        return packed_attention(query, key, value, share.query_cu_seqlens, share.key_cu_seqlens).flatten(1)
 
 
 class _SwiGLU(nn.Module):
@@ -687,6 +754,7 @@ def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transfor
         hidden_dropout=0.0,
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=mpu.get_context_parallel_world_size(),
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity="full" if recompute else None,
@@ -714,19 +782,6 @@ def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transfor
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
-
-
-def _over_all_ranks(collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Statistics of all micro-batches of all data-parallel ranks, equal on every rank of the job."""
-    own = combine_statistics(collected)
-    world_size = torch.distributed.get_world_size()
-    if world_size == 1:
-        return own
-    if mpu.get_tensor_model_parallel_rank() > 0:
-        own = {}  # the same as on tensor parallel rank 0
-    gathered: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(gathered, own)
-    return combine_statistics(gathered)
 
 
 def _single_token() -> Batch:

@@ -40,8 +40,7 @@ class Abilities:
     split_sampler: bool  # the same over several ranks, beside trainers of several processes
 
 
-# With the embedded sampler; `trainer_with` knows the other. Nor has it context parallelism; layouts with that
-# are not made.
+# With the embedded sampler; `trainer_with` knows the other. Layouts with context parallelism are not made.
 TRAINER = Abilities(
     bf16=True,
     distributed_optimizer=True,
@@ -281,6 +280,7 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
         f"parallel.tensor={layout.tensor}",
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.virtual_pipeline={layout.virtual_pipeline}",
+        "parallel.context=1",
         f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
         f"parallel.recompute={'full' if layout.recompute else 'none'}",
         f"parallel.distributed_optimizer={str(layout.distributed_optimizer).lower()}",

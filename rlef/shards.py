@@ -93,11 +93,11 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, world_size: int) -
             f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, which does not divide the {layers} "
             f"layers of a pipeline rank; use {_either(fitting)}"
         )
-    replica = parallel.tensor * parallel.pipeline
-    if world_size % replica:
+    if world_size % parallel.replica:
         raise ConfigError(
-            f"parallel.processes is {world_size}, which parallel.tensor x parallel.pipeline = "
-            f"{parallel.tensor} x {parallel.pipeline} = {replica} does not divide; take a multiple of it"
+            f"parallel.processes is {world_size}, which parallel.tensor x pipeline x context = "
+            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {parallel.replica} does not "
+            "divide; take a multiple of it"
         )
 
 

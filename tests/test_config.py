@@ -178,7 +178,7 @@ def test_settings_do_not_change(tmp_path: Path) -> None:
         ),
         (
             ("parallel.processes=3", "parallel.tensor=2"),
-            "parallel.processes = 3 is not a multiple of parallel.tensor x parallel.pipeline = 2; use 2",
+            "parallel.processes = 3 is not a multiple of parallel.tensor x parallel.pipeline x parallel.",
         ),
         (
             ("parallel.virtual_pipeline=2",),

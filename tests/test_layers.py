@@ -31,7 +31,16 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"attention", "hidden_conventions", "launch", "megatron_cpu", "offload", "pretrained", "run_folder"}
+        {
+            "attention",
+            "context",
+            "hidden_conventions",
+            "launch",
+            "megatron_cpu",
+            "offload",
+            "pretrained",
+            "run_folder",
+        }
     ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model"}),
     frozenset({"weights"}),

@@ -74,11 +74,24 @@ DEEP_LAYOUTS = {  # tensor x pipeline x chunks on a pipeline rank
         processes=RANKS, pipeline=2, virtual_pipeline=2, distributed_optimizer=True
     ),
 }
+CONTEXT_LAYOUTS = {  # ranks that share each pack; its tokens are a multiple of none of these
+    "context 2": ParallelConfig(processes=RANKS, context=2),
+    "context 4": ParallelConfig(processes=RANKS, context=4),
+    "2x1 context 2 sequence": ParallelConfig(processes=RANKS, tensor=2, context=2, sequence_parallel=True),
+    "1x2x2 context 2 recompute": ParallelConfig(
+        processes=RANKS, pipeline=2, virtual_pipeline=2, context=2, recompute="full"
+    ),
+    "context 2 distributed": ParallelConfig(processes=RANKS, context=2, distributed_optimizer=True),
+}
 SHAPES = {"untied": UNTIED, "tied": TIED, "qwen2": QWEN2, "qwen3": QWEN3}
 DEEP_SHAPES = {"deep qwen2": replace(QWEN2, num_hidden_layers=4)}
 CASES = {
     f"{layout} {shape}": (layouts[layout], shapes[shape])
-    for layouts, shapes in ((LAYOUTS, SHAPES), (DEEP_LAYOUTS, DEEP_SHAPES))
+    for layouts, shapes in (
+        (LAYOUTS, SHAPES),
+        (DEEP_LAYOUTS, DEEP_SHAPES),
+        (CONTEXT_LAYOUTS, DEEP_SHAPES),
+    )
     for layout in layouts
     for shape in shapes
 }

@@ -90,7 +90,6 @@ def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> No
         )
         == TRAINER
     )
-    assert config.context_parallel_size == 1
 
 
 @given(shapes, st.sampled_from([1, 2, 3, 4, 8]))
@@ -262,6 +261,7 @@ def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
     found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus}"]).parallel
     assert (found.tensor, found.pipeline) == (layout.tensor, layout.pipeline)
     assert found.virtual_pipeline == layout.virtual_pipeline
+    assert found.replica == layout.tensor * layout.pipeline
     assert found.sequence_parallel == layout.sequence_parallel
     assert found.distributed_optimizer == layout.distributed_optimizer
     assert found.recompute == ("full" if layout.recompute else "none")

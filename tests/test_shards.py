@@ -155,7 +155,11 @@ def test_tied_embeddings_are_held_by_first_and_last_stage() -> None:
             2,
             r"parallel\.virtual_pipeline is 4, which does not divide the 2 layers of a pipeline rank; use 1",
         ),
-        (ParallelConfig(tensor=2, pipeline=2), 6, r"parallel\.processes is 6, .* 2 x 2 = 4 does not divide"),
+        (
+            ParallelConfig(tensor=2, pipeline=2),
+            6,
+            r"parallel\.processes is 6, .* 2 x 2 x 1 = 4 does not divide",
+        ),
     ],
 )
 def test_an_impossible_layout_names_the_setting_and_what_would_do(

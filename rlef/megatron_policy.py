@@ -650,7 +650,7 @@ class _PackedAttention(nn.Module):
         gathered = gather_from_sequence_parallel_region(
             torch.cat([key, value], dim=1), group=mpu.get_context_parallel_group()
         )
-        key, value = gathered[share.keys].chunk(2, dim=1)
+        key, value = gathered.index_select(0, share.keys).chunk(2, dim=1)
         return packed_attention(query, key, value, share.query_cu_seqlens, share.key_cu_seqlens).flatten(1)
 
 

@@ -97,7 +97,7 @@ def _play(parallel: ParallelConfig, name: str, head: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(play, ranks=RANKS, folder=tmp_path_factory.mktemp("ranks"))
+    return run_ranks(play, ranks=RANKS, folder=tmp_path_factory.mktemp("ranks"), timeout_s=900)
 
 
 @pytest.fixture(scope="module", params=SHAPES)

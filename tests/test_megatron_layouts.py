@@ -168,7 +168,7 @@ def _saved(network: Mapping[str, Any], parallel: ParallelConfig, state: Parallel
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(play, ranks=RANKS, folder=tmp_path_factory.mktemp("ranks"))
+    return run_ranks(play, ranks=RANKS, folder=tmp_path_factory.mktemp("ranks"), timeout_s=900)
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -226,8 +226,8 @@ def test_nothing_that_fits_is_said_with_what_would_help() -> None:
 
 
 def test_a_model_too_large_for_what_runs_today_is_told_what_its_best_layout_needs() -> None:
-    """Eight billion parameters: loadable, but not beside a cache of whole contexts."""
-    result = rlef("--model", "llama-3.1-8b", "--gpu", "H100", "--nodes", "2")
+    """Seventy billion parameters: loadable, but the embedded sampler would hold them whole in fp32."""
+    result = rlef("--model", "llama-3.1-70b", "--gpu", "H100", "--nodes", "8")
     (needs,) = [line for line in result.stdout.splitlines() if "The best needs: " in line]
     assert needs.startswith("No layout that the trainer can run today fits.")
     assert "rollout.sampler=vllm" in needs

@@ -28,8 +28,10 @@ from rlef.evaluate import (
     summarise,
     write_summary,
 )
+from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.faults import Pace, SkippedTooOftenError, Watch, doing, not_finite
+from rlef.launch import torchrun_agent
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks, initialize, leave
 from rlef.ports import Networks, SamplingParams
@@ -40,13 +42,13 @@ from rlef.records import Episode, Problem, StepStats
 from rlef.report import DIALOGS_FILE, SUMMARY_FILE, save_dialogs, write_report
 from rlef.rollout import Collection, CollectSettings, share_out
 from rlef.rollout import collect as collect_in_lockstep
-from rlef.run_folder import RunFolder, open_run_folder
+from rlef.run_folder import RunFolder, only_one_run, open_run_folder
 from rlef.samplers import build_sampler
 from rlef.streaming import collect_overlapped
 from rlef.telemetry import BETWEEN_STEPS, Telemetry
-from rlef_sandbox import Executor
 
 _EVALUATION, _CHECKPOINT = BETWEEN_STEPS
+_SAME_SIGNAL_S = 3.0  # within which one request to stop may arrive several times
 
 
 def train(config: Config, folder: RunFolder) -> int:
@@ -81,21 +83,26 @@ def train(config: Config, folder: RunFolder) -> int:
 
 
 def train_under_torchrun(config: Config, resume: str) -> int:
-    """`train`, started by torchrun: rank 0 opens the run's folder, and the others follow."""
-    initialize(config.parallel)
-    opened: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            opened[0] = open_run_folder(config, resume=resume)
-        except ConfigError as error:
-            opened[0] = error
-    dist.broadcast_object_list(opened, src=0)
-    if isinstance(opened[0], ConfigError):
-        raise opened[0]
-    folder, note = opened[0]
-    if note and dist.get_rank() == 0:
-        print(note)
-    return train(config, folder)
+    """`train`, started by torchrun, perhaps again: rank 0 opens the run's folder, and the others follow."""
+    with Watch(config).phase("starting or stopping"):
+        initialize(config.parallel)
+        agents: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(agents, torchrun_agent())
+    with ExitStack() as stack:
+        opened: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                stack.enter_context(only_one_run(config))
+                opened[0] = open_run_folder(config, resume=resume, launchers=set(agents))
+            except ConfigError as error:
+                opened[0] = error
+        dist.broadcast_object_list(opened, src=0)
+        if isinstance(opened[0], ConfigError):
+            raise opened[0]
+        folder, note = opened[0]
+        if note and dist.get_rank() == 0:
+            print(note, flush=True)
+        return 0 if folder.is_finished else train(config, folder)
 
 
 class Run:
@@ -135,13 +142,7 @@ class Run:
         self._problems = sources.load(config, "train")
         self._origin = 0  # where in them step 0 began
         self._eval_problems = sources.load(config, "eval")
-        self._executor = stack.enter_context(
-            Executor(
-                workers=_executor_workers(config),
-                allow_missing=config.executor.allow_missing,
-                memory_cgroup=config.executor.memory_cgroup or None,
-            )
-        )
+        self._executor = stack.enter_context(open_executor(config.executor))
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
         self._stack = stack
         self._asynchronous: AsynchronousRollouts | None = None
@@ -255,6 +256,10 @@ class Run:
             "tests_run": float(collection.tests_run),
             "seconds/sampling": collection.sampling_s,
             "seconds/executing": collection.executing_s,
+            "executor/restarts": float(collection.tally.restarts),
+            "executor/retries": float(collection.tally.retries),
+            "executor/longest_s": collection.tally.longest_s,
+            "executor/alone_s": collection.tally.alone_s,
         }
 
     def evaluate(self, phase: str) -> None:
@@ -356,7 +361,7 @@ class _StopRequest:
     """SIGINT and SIGTERM ask the run to save and leave after the step under way; all processes must agree."""
 
     def __enter__(self) -> Self:
-        self._asked: set[int] = set()
+        self._asked: dict[int, float] = {}
         self._previous = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
@@ -374,17 +379,12 @@ class _StopRequest:
         return bool(asked)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if number in self._asked:  # a second time: the user will not wait
-            signal.signal(number, signal.SIG_DFL)
+        # By number: a terminal's Ctrl-C arrives beside the launcher's SIGTERM. And a scheduler signals this
+        # process and its launcher, which passes the same signal on.
+        if time.monotonic() - self._asked.setdefault(number, time.monotonic()) > _SAME_SIGNAL_S:
+            signal.signal(number, signal.SIG_DFL)  # a second time: the user will not wait
             os.kill(os.getpid(), number)
-        self._asked.add(number)  # by number: a terminal's Ctrl-C arrives beside the launcher's SIGTERM
 
 
 def _headline(figures: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {figures[name]:.3f}" for name in figures["intervals"])
-
-
-def _executor_workers(config: Config) -> int:
-    """This process's share of the machine's cores, unless the setting says otherwise."""
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return config.executor.workers or max(1, len(os.sched_getaffinity(0)) // processes_here)

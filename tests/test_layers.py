@@ -20,6 +20,8 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "advantages",
             "byte_level_bpe",
+            "charts",
+            "chat_server",
             "chat_template",
             "execution",
             "families",
@@ -35,6 +37,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         {
+            "analysis",
             "attention",
             "context",
             "hidden_conventions",
@@ -45,7 +48,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "run_folder",
         }
     ),
-    frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model"}),
+    frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
     frozenset({"weights"}),
     frozenset(
         {
@@ -54,13 +57,26 @@ FLOORS: tuple[frozenset[str], ...] = (
             "plan_time",
             "report",
             "rollout",
+            "measurement",
             "torch_policy",
             "torch_sampler",
             "vllm_sampler",
         }
     ),
-    frozenset({"doctor", "evaluate", "gguf_import", "plan", "pretrain", "samplers", "streaming"}),
-    frozenset({"asynchronous", "plan_report", "standalone"}),
+    frozenset(
+        {
+            "doctor",
+            "evaluate",
+            "evaluation_folder",
+            "gguf_import",
+            "plan",
+            "pretrain",
+            "samplers",
+            "served_rollouts",
+            "streaming",
+        }
+    ),
+    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
     frozenset({"train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
@@ -73,6 +89,8 @@ DOORS = {
     "flash_attn": {"attention"},
     "gguf": {"gguf_import"},
     "transformers": set(),
+    "openai": {"chat_server"},
+    "sacrebleu": {"analysis"},
     "triton": {path.stem for path in (ROOT / "kernels" / "rlef_kernels").glob("_*_triton.py")},
 }
 

@@ -30,6 +30,7 @@ FeedbackKind = Literal["true", "none", "random"]
 ValueLevel = Literal["turn", "token"]
 SamplerName = Literal["torch", "vllm"]
 Recompute = Literal["none", "full"]
+DType = Literal["float32", "bfloat16"]
 
 
 class ConfigError(ValueError):
@@ -63,6 +64,15 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = False  # its state split over data parallel ranks
     threads_per_process: PositiveInt = 1  # on CPU
     timeout_s: PositiveInt = 600  # of one collective
+    dtype: DType = "float32"  # of weights and activations; what the optimiser steps is always float32
+    virtual_pipeline: PositiveInt = 1  # chunks of layers per pipeline rank; above 1: megatron's interleaving
+    context: PositiveInt = 1  # ranks that share the tokens of each pack
+    offload_reference: bool = False  # its weights in host memory, and on the device only while it scores
+
+    @property
+    def replica(self) -> int:
+        """Processes of one data-parallel replica."""
+        return self.tensor * self.pipeline * self.context
 
 
 class ProblemsConfig(Section):
@@ -98,7 +108,7 @@ class VllmConfig(Section):
 
     memory_fraction: Fraction = 0.4  # of a GPU's memory, for weights and cache; of the host's on a CPU
     tensor_parallel: PositiveInt = 1  # GPUs over which one sampler's model is split
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
 
 
 class ExecutorConfig(Section):
@@ -242,16 +252,21 @@ def check_arithmetic(config: Config) -> None:
             f"rollout.episodes_per_step = {episodes} is not a multiple of ppo.updates_per_step = {updates}; "
             f"use {max(1, episodes // updates) * updates}"
         )
-    model_parallel = config.parallel.tensor * config.parallel.pipeline
+    model_parallel = config.parallel.replica
     if config.parallel.processes % model_parallel:
         raise ConfigError(
             f"parallel.processes = {config.parallel.processes} is not a multiple of parallel.tensor x "
-            f"parallel.pipeline = {model_parallel}; use {model_parallel}"
+            f"parallel.pipeline x parallel.context = {model_parallel}; use {model_parallel}"
         )
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         raise ConfigError(
             "parallel.sequence_parallel = true splits the tokens over tensor parallel ranks, and "
             "parallel.tensor = 1; raise parallel.tensor or set parallel.sequence_parallel=false"
+        )
+    if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
+        raise ConfigError(
+            f"parallel.virtual_pipeline = {config.parallel.virtual_pipeline} interleaves the stages of a "
+            "pipeline, and parallel.pipeline = 1; raise it or set parallel.virtual_pipeline=1"
         )
     data_parallel = config.parallel.processes // model_parallel
     if episodes // updates < data_parallel:
@@ -296,7 +311,7 @@ def check_context(config: Config, max_position_embeddings: int) -> None:
 
 def describe_arithmetic(config: Config) -> dict[str, int]:
     """What the batch settings amount to, for `--dry-run`."""
-    data_parallel = config.parallel.processes // (config.parallel.tensor * config.parallel.pipeline)
+    data_parallel = config.parallel.processes // config.parallel.replica
     episodes = config.rollout.episodes_per_step
     return {
         "processes": config.parallel.processes,

@@ -187,14 +187,14 @@ def disk(config: Config) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Weights and two moments of policy and value network, in float32."""
+    """Weights and two moments of policy and value network, in float32; and weights in bf16 beside them."""
     shape = read_shape(model_folder(config.model.path))
     elements = sum(
         weight.elements
         for head in ("logits", "value")
         for weight in stage_weights(shape, head, stage=0, stages=1)
     )
-    return 3 * 4 * elements
+    return (14 if config.parallel.dtype == "bfloat16" else 12) * elements
 
 
 def shared_folder(config: Config) -> Iterator[Finding]:

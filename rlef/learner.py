@@ -117,7 +117,7 @@ class Learner:
     def _update_policy(self, scored: Sequence[_Scored]) -> UpdateStats:
         tokens = self._total(item.batch.num_response_tokens for item in scored)
 
-        def loss(logits: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(logits: Tensor, index: int, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             item = scored[index]
             return losses.policy_loss(
                 logits,
@@ -126,6 +126,7 @@ class Learner:
                 advantages=item.advantages,
                 settings=self._ppo,
                 normaliser=tokens,
+                rows=rows,
                 group=self._parallel.tensor_parallel_group,
             )
 
@@ -136,7 +137,7 @@ class Learner:
     def _update_value(self, scored: Sequence[_Scored]) -> UpdateStats:
         count = self._total(item.old_values.numel() for item in scored)
 
-        def loss(values: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(values: Tensor, index: int, _rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             item = scored[index]
             return losses.value_loss(
                 values,

@@ -19,18 +19,30 @@ def token_logprobs(
     logits: Tensor,  # [tokens, vocab / ranks]
     batch: Batch,
     *,
+    rows: Tensor | None = None,  # [rows of the logits] ascending; None: all tokens
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-prob of each response token, `[tokens]` float32, aligned with the token itself; 0 elsewhere.
 
-    The logits at position i - 1 predict token i. Only the rows that predict a response token are read.
+    The logits at position i - 1 predict token i. Only the rows that predict a response token are read. With
+    `rows`, those are the positions that the logits belong to, and tokens that none of them predicts have 0.
     Differentiable.
     """
-    tokens = batch.response_mask.nonzero()[:, 0]  # [response tokens]
+    tokens, predicting = _predicted(batch, rows)
     logprobs = rlef_kernels.logprobs_from_logits(
-        logits, batch.token_ids[tokens], rows=tokens - 1, group=group
+        logits, batch.token_ids[tokens], rows=predicting, group=group
     ).logprobs
     return logprobs.new_zeros(batch.num_tokens).index_copy(0, tokens, logprobs)
+
+
+def _predicted(batch: Batch, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The response tokens that a row of the logits predicts, and for each the number of its row."""
+    tokens = batch.response_mask.nonzero()[:, 0]  # [response tokens]
+    if rows is None:
+        return tokens, tokens - 1
+    numbers = torch.searchsorted(rows, tokens - 1).clamp(max=rows.shape[0] - 1)
+    held = rows[numbers] == tokens - 1
+    return tokens[held], numbers[held]
 
 
 def policy_loss(
@@ -41,6 +53,7 @@ def policy_loss(
     advantages: Tensor,  # [values]
     settings: PPOConfig,
     normaliser: float | Tensor,
+    rows: Tensor | None = None,  # [rows of the logits] as in `token_logprobs`
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss of the response tokens, divided by `normaliser`, and its statistics.
@@ -52,7 +65,7 @@ def policy_loss(
     update), `behaviour_weight` (mean of min(pi / pi_behaviour, 1)) and `entropy`. `tokens` adds up to their
     number, and `ratio_max` is the largest pi / pi_old.
     """
-    tokens = batch.response_mask.nonzero()[:, 0]  # [response tokens]
+    tokens, predicting = _predicted(batch, rows)
     loss, metrics = rlef_kernels.ppo_policy_loss_from_logits(
         logits,
         batch.token_ids[tokens],
@@ -60,7 +73,7 @@ def policy_loss(
         batch.behaviour_logprobs[tokens],
         advantages[batch.token_values[tokens]],
         torch.ones_like(tokens, dtype=torch.bool),
-        rows=tokens - 1,
+        rows=predicting,
         clip_ratio=settings.clip_ratio,
         behaviour_correction=settings.behaviour_correction,
         normaliser=normaliser,

@@ -87,7 +87,8 @@ def _set_no_state(*_: object, **_settings: object) -> None:
 def type_names_of_cuda(parameters: Iterable[Any]) -> Iterator[None]:
     """Within, `parameter.type()` is the name that its type has on CUDA. Where CUDA is available, as always.
 
-    The distributed optimiser knows fp32 and bf16 by these names alone, and refuses others.
+    The distributed optimiser, and that of bf16 weights, know fp32 and bf16 by these names alone, and refuse
+    others.
     """
     renamed = [] if torch.cuda.is_available() else list(parameters)
     for parameter in renamed:

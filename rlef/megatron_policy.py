@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -24,15 +25,17 @@ from torch import Tensor, nn
 from rlef import megatron_cpu
 from rlef.attention import packed_attention
 from rlef.config import OptimizerConfig, ParallelConfig
+from rlef.context import ContextShare, context_share, gathered_places
 from rlef.losses import token_logprobs
 from rlef.moments import MOMENTS, set_steps, steps_made
+from rlef.offload import HostWeights
 from rlef.pieces import HeldState, Piece, State, pieces_of, require_same_network
 from rlef.ports import LossFunction, Networks, ParallelState, UpdateStats, combine_statistics
 from rlef.pretrained import Weights
 from rlef.records import Batch, ModelShape
-from rlef.shards import Cut, Head, check_layout, parameter_blocks, stage_weights
+from rlef.shards import Cut, Head, StageWeight, check_layout, parameter_blocks, stage_weights
 from rlef.torch_model import rotary_tables, rotate
-from rlef.weights import gather_huggingface, load_huggingface
+from rlef.weights import gather_huggingface, load_huggingface, stages_of
 
 with warnings.catch_warnings():
     # Nothing of Apex or Transformer Engine is used, so that the model is the same with and without them.
@@ -58,8 +61,9 @@ with warnings.catch_warnings():
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-Collect = Callable[[int, Batch, Tensor], Any]
-"""What the last stage does with (index of the micro-batch, micro-batch, what the model gave for it)."""
+Collect = Callable[[int, Batch, Tensor, Tensor | None], Any]
+"""What the last stage does with (index of the micro-batch, micro-batch, outputs, rows), as `LossFunction` has
+them."""
 
 _PLAIN = ParallelConfig()
 
@@ -87,6 +91,10 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+            ),
+            context_parallel_size=parallel.context,
             distributed_timeout_minutes=math.ceil(parallel.timeout_s / 60),
             create_gloo_process_groups=False,
         )
@@ -138,7 +146,9 @@ def build_networks(
     policy = MegatronNetwork(
         shape, weights, head="logits", parallel=parallel, optimizer=optimizer, lr=optimizer.lr
     )
-    reference = MegatronNetwork(shape, weights, head="logits", parallel=parallel)
+    reference = MegatronNetwork(
+        shape, weights, head="logits", parallel=parallel, offloaded=parallel.offload_reference
+    )
     value = MegatronNetwork(
         shape, weights, head="value", parallel=parallel, optimizer=optimizer, lr=optimizer.value_lr
     )
@@ -161,26 +171,34 @@ class MegatronNetwork:
         parallel: ParallelConfig = _PLAIN,
         optimizer: OptimizerConfig | None = None,
         lr: float = 0.0,
+        offloaded: bool = False,
     ) -> None:
-        """Of `parallel` the options are read; the sizes are those that `initialize` was given."""
+        """Of `parallel` the options are read; the sizes are those that `initialize` was given.
+
+        `offloaded`: the weights of a frozen network lie in host memory, and are on the device while it
+        scores.
+        """
         self._shape = shape
         self._head = head
         config = _transformer_config(shape, parallel)
-        self._model = _PackedModel(config, shape, head)
-        self._device = self._model.cosine.device
+        self._config = config
+        chunks = [_PackedModel(config, shape, head, number) for number in range(_chunks())]
+        self._model = nn.ModuleList(chunks)
+        self._device = next(self._model.parameters()).device
         groups = {
             "tensor_group": mpu.get_tensor_model_parallel_group(),
             "pipeline_group": mpu.get_pipeline_model_parallel_group(),
         }
-        load_huggingface(self._model, weights, shape, head, **groups)
-        self._gather = partial(gather_huggingface, self._model, shape, head, **groups)
+        load_huggingface(chunks, weights, shape, head, **groups)
+        self._gather = partial(gather_huggingface, chunks, shape, head, **groups)
         self._training: _Training | None = None
         if optimizer is not None:
-            self._training = _Training(
-                config, self._model, optimizer, lr, sharded=parallel.distributed_optimizer
-            )
+            self._training = _Training(config, chunks, optimizer, lr, sharded=parallel.distributed_optimizer)
         if self._training is None:
             self._model.requires_grad_(False)
+        self._on_device: Callable[[], AbstractContextManager[None]] = nullcontext
+        if offloaded:
+            self._on_device = HostWeights(self._model, self._device).on_device
 
     def forward(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
         """No gradient. A policy: log-prob of each token `[tokens]`, 0 outside the response mask.
@@ -189,7 +207,7 @@ class MegatronNetwork:
         """
         if not micro_batches:
             return []
-        with torch.no_grad():
+        with torch.no_grad(), self._on_device():
             outputs = self._run(self._model, enumerate(micro_batches), self._score, forward_only=True)
         if mpu.get_pipeline_model_parallel_world_size() == 1:
             return outputs
@@ -205,25 +223,30 @@ class MegatronNetwork:
             raise ValueError("a frozen network cannot be updated; build it with an optimizer")
         indexed = list(enumerate(micro_batches)) or [(-1, _single_token())]
 
-        def evaluate(index: int, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            output = self._outputs(batch, output)
-            summed, statistics = loss(output, index) if index >= 0 else (output.sum() * 0.0, {})
-            return summed, torch.zeros((), dtype=torch.int), statistics  # no token count: see _Training
+        def evaluate(
+            index: int, _: Batch, output: Tensor, rows: Tensor | None
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            no_count = torch.zeros((), dtype=torch.int)  # of tokens: see _add_up_gradients
+            if index < 0:
+                return output.sum() * 0.0, no_count, {}
+            is_whole = rows is None or self._head == "value"
+            summed, statistics = loss(output, index) if is_whole else loss(output, index, rows)
+            return summed, no_count, statistics
 
         self._training.zero_gradients()
-        statistics = self._run(self._training.model, indexed, evaluate, forward_only=False)
+        statistics = self._run(self._training.chunks, indexed, evaluate, forward_only=False)
         grad_norm = self._training.step()
         return UpdateStats(
-            statistics=_over_all_ranks(statistics),
+            statistics=self._over_all_ranks(statistics),
             grad_norm=grad_norm,
             learning_rate=self._training.learning_rate,
             skipped=not math.isfinite(grad_norm),
         )
 
-    def named_weights(self) -> Iterable[tuple[str, Tensor]]:
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Copies of the whole weights under Hugging Face names, on every rank. Collective: read all of it."""
-        named: Iterator[tuple[str, Tensor]] = self._gather()
-        return named
+        with self._on_device():
+            yield from self._gather()
 
     def state_dict(self) -> HeldState:
         """This rank's pieces of weights and optimiser, and the schedule: to continue in any layout, and in
@@ -246,60 +269,120 @@ class MegatronNetwork:
         return {**asdict(self._shape), "head": self._head, "trained": self._training is not None}
 
     def _pieces(self) -> Iterator[Piece]:
-        """This rank's part of each weight, and of what the optimiser keeps of it: the live tensors."""
+        """This rank's part of each weight, and of what the optimiser keeps of it: the live tensors.
+
+        Of weights with fp32 masters these are saved, and both are read from them.
+        """
+        pipeline_group = mpu.get_pipeline_model_parallel_group()
+        stages = pipeline_group.size() * len(self._model)
+        for stage, chunk in stages_of(list(self._model), pipeline_group).items():
+            parameters = dict(chunk.named_parameters())
+            for weight in stage_weights(self._shape, self._head, stage=stage, stages=stages):
+                yield from self._pieces_of(weight, parameters[weight.parameter])
+
+    def _pieces_of(self, weight: StageWeight, parameter: nn.Parameter) -> Iterator[Piece]:
         rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-        stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
-        parameters = dict(self._model.named_parameters())
-        for weight in stage_weights(self._shape, self._head, stage=stage, stages=stages):
-            parameter = parameters[weight.parameter]
-            blocks = parameter_blocks(weight, self._shape, rank=rank, size=size)
-            same, which = (size, rank) if weight.cut is Cut.REPLICATED else (1, 0)
-            on_replicas: tuple[int, int | None] = (same * replicas, which * replicas + replica)
-            on_one_replica: tuple[int, int | None] = (same, which)
-            if weight.duplicate:
-                on_replicas = on_one_replica = (1, None)
-            yield from pieces_of("weight", blocks, parameter.detach().view(-1), copies=on_replicas)
-            if self._training is not None:
-                copies = on_one_replica if self._training.sharded else on_replicas
-                for kind, flat, begin in self._training.kept_of(parameter):
-                    yield from pieces_of(kind, blocks, flat, begin=begin, copies=copies)
+        replica = mpu.get_data_parallel_rank(with_context_parallel=True)
+        replicas = mpu.get_data_parallel_world_size(with_context_parallel=True)
+        blocks = parameter_blocks(weight, self._shape, rank=rank, size=size)
+        same, which = (size, rank) if weight.cut is Cut.REPLICATED else (1, 0)
+        on_replicas: tuple[int, int | None] = (same * replicas, which * replicas + replica)
+        on_one_replica: tuple[int, int | None] = (same, which)
+        if weight.duplicate:
+            on_replicas = on_one_replica = (1, None)
+        has_master = self._training is not None and self._training.has_masters
+        of_weight = (1, None) if has_master else on_replicas
+        yield from pieces_of("weight", blocks, parameter.detach().view(-1), copies=of_weight)
+        if self._training is not None:
+            copies = on_one_replica if self._training.sharded else on_replicas
+            for kind, flat, begin in self._training.kept_of(parameter):
+                yield from pieces_of(kind, blocks, flat, begin=begin, copies=copies)
 
     def _run(
-        self, model: nn.Module, batches: Iterable[tuple[int, Batch]], collect: Collect, *, forward_only: bool
+        self,
+        chunks: Iterable[nn.Module],
+        batches: Iterable[tuple[int, Batch]],
+        collect: Collect,
+        *,
+        forward_only: bool,
     ) -> list[Any]:
         """Megatron's schedule for this pipeline: what the last stage collected, nothing on the others."""
-        queue = list(batches)
+        models, queue = list(chunks), list(batches)
+        wanted = len(queue)
+        lengths = [self._shared_equally(batch.num_tokens) for _, batch in queue]
+        if len(models) > 1:
+            # Interleaved, megatron wants as many micro-batches for each rank, and all of one length.
+            queue += [(-1, _single_token())] * (-wanted % mpu.get_pipeline_model_parallel_world_size())
+            lengths = [max(lengths)] * len(queue)
 
-        def step(remaining: Iterator[tuple[int, Batch]], model: nn.Module) -> tuple[Tensor, Any]:
-            index, batch = next(remaining)
+        def step(remaining: Iterator[tuple[int, Batch, int]], model: nn.Module) -> tuple[Tensor, Any]:
+            index, batch, length = next(remaining)
             batch = batch.to(self._device)
-            return model(batch), lambda output, **_: collect(index, batch, output)
+            share = self._share(batch, length)
 
+            def last(output: Tensor, **_: object) -> Any:
+                rows = None if share is None else share.positions
+                return collect(index, batch, self._outputs(batch, output, rows), rows)
+
+            return model(batch, length, share), last
+
+        packs = [(index, batch, length) for (index, batch), length in zip(queue, lengths, strict=True)]
         collected: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(queue),
-            model=model,
-            num_microbatches=len(queue),
-            seq_length=1,  # not used, since lengths vary
+            data_iterator=[iter(packs) for _ in models],
+            model=models,
+            num_microbatches=len(packs),
+            seq_length=lengths[0],  # read where lengths do not vary: interleaved
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
-        return collected
+        return collected[:wanted]
 
-    def _outputs(self, batch: Batch, output: Tensor) -> Tensor:
-        """Of `[1, padded, channels]`: logits `[tokens, vocab / tensor ranks]`, or float32 `[values]`."""
+    def _shared_equally(self, tokens: int) -> int:
+        """That many, or as many more as the ranks that share a pack need for equal parts."""
+        ranks, contexts = 1, self._config.context_parallel_size
+        if self._config.sequence_parallel:
+            ranks = self._config.tensor_model_parallel_size
+        multiple = ranks if contexts == 1 else contexts * math.lcm(ranks, 2)  # two chunks on each
+        return tokens + -tokens % multiple
+
+    def _share(self, batch: Batch, padded: int) -> ContextShare | None:
+        """This rank's part of a padded pack; None where it holds all of it."""
+        if self._config.context_parallel_size == 1:
+            return None
+        _, _, cu_seqlens = _pad(batch, padded - batch.num_tokens)
+        return context_share(
+            cu_seqlens,
+            rank=mpu.get_context_parallel_rank(),
+            ranks=mpu.get_context_parallel_world_size(),
+        )
+
+    def _outputs(self, batch: Batch, output: Tensor, rows: Tensor | None) -> Tensor:
+        """Of `[1, own tokens, channels]`: logits `[own tokens, vocab / tensor ranks]`, or float32 `[values]`.
+
+        A policy's padding is cut off, unless a context is shared: then no row of padding predicts anything.
+        """
         if self._head == "logits":
-            return output.flatten(0, 1)[: batch.num_tokens]  # not output[0], whose backward copies
-        return output[0, batch.value_positions, 0].float()
+            logits = output.flatten(0, 1)  # not output[0], whose backward copies
+            return logits[: batch.num_tokens] if rows is None else logits
+        if rows is None:
+            return output[0, batch.value_positions, 0].float()
+        # All ranks make the same loss of all values, so each keeps its own tokens' gradient.
+        values: Tensor = gather_from_sequence_parallel_region(
+            output[0, :, 0], tensor_parallel_output_grad=False, group=mpu.get_context_parallel_group()
+        )
+        ranks = mpu.get_context_parallel_world_size()
+        return values[gathered_places(batch.value_positions, tokens=values.shape[0], ranks=ranks)].float()
 
-    def _score(self, _: int, batch: Batch, output: Tensor) -> Tensor:
-        outputs = self._outputs(batch, output)
+    def _score(self, _: int, batch: Batch, outputs: Tensor, rows: Tensor | None) -> Tensor:
         if self._head == "value":
             return outputs
         group = mpu.get_tensor_model_parallel_group()
-        return token_logprobs(outputs, batch, group=group if group.size() > 1 else None)
+        logprobs = token_logprobs(outputs, batch, rows=rows, group=group if group.size() > 1 else None)
+        if rows is not None:
+            torch.distributed.all_reduce(logprobs, group=mpu.get_context_parallel_group())
+        return logprobs
 
     def _output_size(self, batch: Batch) -> int:
         return batch.value_positions.shape[0] if self._head == "value" else batch.num_tokens
@@ -313,6 +396,20 @@ class MegatronNetwork:
         torch.distributed.broadcast(flat, source, group=mpu.get_pipeline_model_parallel_group())
         return list(torch.split(flat, list(sizes)))
 
+    def _over_all_ranks(self, collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Statistics of all micro-batches of all data-parallel ranks, equal on every rank of the job."""
+        own = combine_statistics(collected)
+        world_size = torch.distributed.get_world_size()
+        if world_size == 1:
+            return own
+        if mpu.get_tensor_model_parallel_rank() > 0:
+            own = {}  # the same as on tensor parallel rank 0
+        if self._head == "value" and mpu.get_context_parallel_rank() > 0:
+            own = {}  # the same likewise, since values are gathered
+        gathered: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(gathered, own)
+        return combine_statistics(gathered)
+
 
 class _Training:
     """Gradient buffers, optimiser and schedule of a network that learns."""
@@ -320,7 +417,7 @@ class _Training:
     def __init__(
         self,
         config: TransformerConfig,
-        model: _PackedModel,
+        chunks: Sequence[_PackedModel],
         optimizer: OptimizerConfig,
         lr: float,
         *,
@@ -328,9 +425,16 @@ class _Training:
     ) -> None:
         """`sharded`: each data-parallel rank keeps moments of, and steps, its part of the parameters."""
         self.sharded = sharded
-        buffers = DistributedDataParallelConfig(use_distributed_optimizer=sharded)
-        self.model = DistributedDataParallel(config, buffers, model)
-        config.no_sync_func = self.model.no_sync
+        self.has_masters = config.bf16  # the optimiser keeps fp32 copies of the weights, and steps those
+        buffers = DistributedDataParallelConfig(
+            use_distributed_optimizer=sharded,
+            grad_reduce_in_fp32=True,  # and added up over micro-batches
+        )
+        self.chunks = [DistributedDataParallel(config, buffers, chunk) for chunk in chunks]
+        parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+        self._device = parameters[0].device
+        later = [chunk.no_sync for chunk in self.chunks]
+        config.no_sync_func = later if len(later) > 1 else later[0]
         config.finalize_model_grads_func = _add_up_gradients
         self._clip_grad = optimizer.clip_grad
         settings = MegatronOptimizerConfig(
@@ -342,9 +446,11 @@ class _Training:
             adam_beta2=optimizer.beta2,
             adam_eps=optimizer.eps,
             use_distributed_optimizer=sharded,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
         )
-        with megatron_cpu.type_names_of_cuda(self.model.parameters()):
-            self._optimizer = get_megatron_optimizer(settings, [self.model], use_gloo_process_groups=False)
+        with megatron_cpu.type_names_of_cuda(parameters):
+            self._optimizer = get_megatron_optimizer(settings, self.chunks, use_gloo_process_groups=False)
         (only,) = self._optimizer.chained_optimizers  # there would be another for experts
         self._own = only
         # It also keeps weight decay from the norms: parameter groups are only marked, the schedule acts on
@@ -369,7 +475,8 @@ class _Training:
         return rate
 
     def zero_gradients(self) -> None:
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def step(self) -> float:
@@ -390,7 +497,7 @@ class _Training:
     def _grad_norm(self) -> float:
         """Over all shards. What several ranks hold, counts once."""
         gradients = self._own.get_main_grads_for_grad_norm()
-        squared = nn.utils.get_total_norm(gradients).to(self.model.module.cosine.device).square()
+        squared = nn.utils.get_total_norm(gradients).to(self._device).square()
         everyone = None
         torch.distributed.all_reduce(
             squared, group=everyone if self.sharded else mpu.get_model_parallel_group()
@@ -416,6 +523,10 @@ class _Training:
             begin = self._own._get_model_param_range_map(parameter)["param"].start  # noqa: SLF001
             group, place = self._own.model_param_group_index_map[parameter]
             stepped = self._own.optimizer.param_groups[group]["params"][place]
+        elif self.has_masters:
+            stepped = parameter.main_param  # type: ignore[attr-defined]  # megatron's
+        if self.has_masters:
+            yield "weight", stepped.detach().view(-1), begin
         state = self._own.optimizer.state.get(stepped, {})
         for moment in MOMENTS:
             if moment in state:
@@ -433,17 +544,25 @@ def _add_up_gradients(chunks: list[nn.Module], _tokens: Tensor, **groups: Any) -
 
 @dataclass
 class _PackedSequences(PackedSeqParams):  # type: ignore[misc]
-    """Megatron's description of a pack, and the rotary tables of its positions, made once for all layers."""
+    """Megatron's description of a pack, and what layers need besides, made once for all of them."""
 
-    cosine: Tensor | None = None  # [tokens, 1, head_dim]
+    cosine: Tensor | None = None  # [tokens, 1, head_dim] of the rotary embedding
     sine: Tensor | None = None  # [tokens, 1, head_dim]
+    share: ContextShare | None = None  # None: this rank holds the whole pack
+
+
+def _chunks() -> int:
+    """Of layers on each pipeline rank; more than one make the pipeline interleaved."""
+    return mpu.get_virtual_pipeline_model_parallel_world_size() or 1
 
 
 class _PackedModel(GPTModel):  # type: ignore[misc]
-    """This rank's stage and shard of the decoder, on packed batches."""
+    """A stage of the decoder, and this rank's shard of it, on packed batches."""
 
-    def __init__(self, config: TransformerConfig, shape: ModelShape, head: Head) -> None:
-        stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
+    def __init__(self, config: TransformerConfig, shape: ModelShape, head: Head, chunk: int) -> None:
+        """`chunk`: the first of this rank's stages, or the next one of an interleaved pipeline."""
+        ranks = mpu.get_pipeline_model_parallel_world_size()
+        stage, stages = chunk * ranks + mpu.get_pipeline_model_parallel_rank(), _chunks() * ranks
         layers = [_layer_spec(shape)] * (shape.num_hidden_layers // stages)
         super().__init__(
             config,
@@ -455,6 +574,7 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
             parallel_output=True,  # logits stay split over the vocabulary
             share_embeddings_and_output_weights=shape.tie_word_embeddings and head == "logits",
             position_embedding_type="none",  # _PackedAttention rotates
+            vp_stage=chunk if _chunks() > 1 else None,
         )
         if self.post_process and head == "value":
             self.output_layer = _ValueHead(config)
@@ -473,42 +593,45 @@ class _PackedModel(GPTModel):  # type: ignore[misc]
         cosine, sine = rotary_tables(shape, shape.max_position_embeddings)
         self.cosine, self.sine = cosine.to(device), sine.to(device)  # [positions, head_dim]
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Last stage: `[1, padded tokens, vocab / tensor parallel size]` or `[1, padded tokens, 1]`.
+    def forward(self, batch: Batch, padded: int, share: ContextShare | None) -> Tensor:
+        """Last stage: `[1, own, vocab / tensor parallel size]` or `[1, own, 1]`; others: hidden states.
 
-        Other stages give hidden states. Padding follows the batch's tokens.
+        Padding to so many tokens follows the batch's own; of those this rank has its share.
         """
-        token_ids, position_ids, cu_seqlens = self._padded(batch)
+        token_ids, position_ids, cu_seqlens = _pad(batch, padded - batch.num_tokens)
+        if share is not None:
+            token_ids, position_ids = token_ids[share.positions], position_ids[share.positions]
         sequences = _PackedSequences(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             cosine=self.cosine[position_ids][:, None],
             sine=self.sine[position_ids][:, None],
+            share=share,
         )
         output: Tensor = super().forward(
             token_ids[None], position_ids[None], None, packed_seq_params=sequences
         )
         return output
 
-    def _padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, position ids and `cu_seqlens` of as many tokens as the ranks can share equally.
-
-        What is added is a sequence of its own, so that no token attends to it; and no loss reads it.
-        """
-        ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        padding = -batch.num_tokens % ranks
-        if padding == 0:
-            return batch.token_ids, batch.position_ids, batch.cu_seqlens
-        return (
-            nn.functional.pad(batch.token_ids, (0, padding)),
-            torch.cat([batch.position_ids, torch.arange(padding, device=batch.position_ids.device)]),
-            torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + padding]),
-        )
-
     def _is_in_embd_group(self) -> bool:
         """With tied embeddings, first and last stage need not agree on first weights: both load theirs."""
         return False
+
+
+def _pad(batch: Batch, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, position ids and `cu_seqlens` with so many tokens more.
+
+    They are a sequence of its own, so that no token attends to it; and no loss reads it. Any position will
+    do, and the context may be shorter than the padding.
+    """
+    if tokens == 0:
+        return batch.token_ids, batch.position_ids, batch.cu_seqlens
+    return (
+        nn.functional.pad(batch.token_ids, (0, tokens)),
+        nn.functional.pad(batch.position_ids, (0, tokens)),
+        torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + tokens]),
+    )
 
 
 class _PackedAttention(nn.Module):
@@ -522,8 +645,17 @@ class _PackedAttention(nn.Module):
     ) -> Tensor:
         """`[tokens, heads, head_dim]`, twice `[tokens, groups, head_dim]` -> `[tokens, heads * head_dim]`."""
         cosine, sine = packed_seq_params.cosine, packed_seq_params.sine
-        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q).flatten(1)
+        # In fp32, and rounded once: to rotate in bf16 would round each factor and each product.
+        query, key = (rotate(states, cosine, sine).to(value.dtype) for states in (query, key))
+        share = packed_seq_params.share
+        if share is None:
+            return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q).flatten(1)
+        # Gradients of a key come from all ranks whose queries attend to it: backward reduces and scatters.
+        gathered = gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=1), group=mpu.get_context_parallel_group()
+        )
+        key, value = gathered.index_select(0, share.keys).chunk(2, dim=1)
+        return packed_attention(query, key, value, share.query_cu_seqlens, share.key_cu_seqlens).flatten(1)
 
 
 class _SwiGLU(nn.Module):
@@ -582,7 +714,8 @@ class _ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
         """`[tokens / ranks, 1, hidden]` -> `[tokens, 1, 1]`; ranks: those of sequence parallelism."""
-        values: Tensor = self.value_head(hidden)
+        # In fp32 also where the weights are bf16: rounded to eight bits, neighbouring values would be equal.
+        values = nn.functional.linear(hidden.float(), self.value_head.weight.float())
         if self._gathers:
             # Every rank makes the same loss of all values, so each keeps its own tokens' gradient.
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
@@ -603,8 +736,9 @@ def _layer_spec(shape: ModelShape) -> Any:
 
 
 def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> TransformerConfig:
-    pipeline = mpu.get_pipeline_model_parallel_world_size()
+    pipeline, chunks = mpu.get_pipeline_model_parallel_world_size(), _chunks()
     recompute = parallel.recompute == "full"
+    dtype = getattr(torch, parallel.dtype)
     return TransformerConfig(
         num_layers=shape.num_hidden_layers,
         hidden_size=shape.hidden_size,
@@ -624,18 +758,25 @@ def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transfor
         hidden_dropout=0.0,
         tensor_model_parallel_size=mpu.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=pipeline,
+        context_parallel_size=mpu.get_context_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,  # kept: what goes into each layer
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
         perform_initialization=False,  # weights are always loaded
         use_cpu_initialization=not torch.cuda.is_available(),
         calculate_per_token_loss=True,  # see _add_up_gradients
-        variable_seq_lengths=pipeline > 1,  # each pack has its own number of tokens
+        variable_seq_lengths=pipeline > 1 and chunks == 1,  # each pack has its own number of tokens
         moe_token_dispatcher_type="alltoall",  # noqa: S106 (no password) variable_seq_lengths insists on it
-        batch_p2p_comm=False,  # batched sends and receives of varying lengths can cross
+        # Batched sends and receives of varying lengths can cross; of an interleaved pipeline, so batched or
+        # overlapped, some gradients are silently wrong on gloo.
+        batch_p2p_comm=False,
+        batch_p2p_sync=False,
+        overlap_p2p_comm=False,
         deallocate_pipeline_outputs=False,
         cuda_graph_scope=[],  # the default is a deprecated word for the same, and warns
         # Kernels of Apex and Transformer Engine, or compiled at first use:
@@ -645,19 +786,6 @@ def _transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transfor
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
-
-
-def _over_all_ranks(collected: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Statistics of all micro-batches of all data-parallel ranks, equal on every rank of the job."""
-    own = combine_statistics(collected)
-    world_size = torch.distributed.get_world_size()
-    if world_size == 1:
-        return own
-    if mpu.get_tensor_model_parallel_rank() > 0:
-        own = {}  # the same as on tensor parallel rank 0
-    gathered: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(gathered, own)
-    return combine_statistics(gathered)
 
 
 def _single_token() -> Batch:

@@ -6,6 +6,7 @@ the best one that the trainer can run.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -22,6 +23,7 @@ from rlef.plan_model import NAMED, ModelSize
 from rlef.plan_time import StepTime, Workload, step_time
 
 _SAMPLING_SHARES = 16  # of a cluster that are tried, when some GPUs sample and others train
+_MOST_CHUNKS = 4  # of layers per pipeline rank that are tried: each one more is one more round of messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +34,19 @@ class Abilities:
     distributed_optimizer: bool
     sequence_parallel: bool
     recompute: bool
+    interleaved: bool
     disaggregated: bool
     paged_sampler: bool  # a sampler with a paged cache: vLLM
     split_sampler: bool  # the same over several ranks, beside trainers of several processes
 
 
-# With the embedded sampler; `trainer_with` knows the other. Nor has it context parallelism or an interleaved
-# pipeline; layouts with those are not made.
+# With the embedded sampler; `trainer_with` knows the other. Layouts with context parallelism are not made.
 TRAINER = Abilities(
-    bf16=False,
+    bf16=True,
     distributed_optimizer=True,
     sequence_parallel=True,
     recompute=True,
+    interleaved=True,
     disaggregated=False,
     paged_sampler=False,
     split_sampler=False,
@@ -53,6 +56,7 @@ EVERYTHING = Abilities(
     distributed_optimizer=True,
     sequence_parallel=True,
     recompute=True,
+    interleaved=True,
     disaggregated=True,
     paged_sampler=True,
     split_sampler=True,
@@ -131,7 +135,10 @@ def _rank(candidate: Candidate) -> tuple[bool, float, float]:
 
 
 def layouts_of(size: ModelSize, cluster: Cluster, work: Workload, abilities: Abilities) -> Iterator[Layout]:
-    """Layouts that use all that `abilities` has, where it applies, with and without recomputation."""
+    """Layouts that use all that `abilities` has, where it applies.
+
+    Recomputation and interleaved pipelines, which cost something too, are tried both ways.
+    """
     for training, sampling in _shares(cluster, abilities):
         for tensor in _tensor_sizes(size, cluster):
             for pipeline in _divisors(size.num_hidden_layers):
@@ -152,12 +159,20 @@ def layouts_of(size: ModelSize, cluster: Cluster, work: Workload, abilities: Abi
                     sequence_parallel=abilities.sequence_parallel and tensor > 1,
                 )
                 samplers = _tensor_sizes(size, cluster) if abilities.split_sampler else [1]
-                for sampler_tensor in samplers:
+                chunks = _chunk_counts(size, pipeline) if abilities.interleaved else [1]
+                for sampler_tensor, chunk_count in itertools.product(samplers, chunks):
                     if sampling % sampler_tensor == 0:
-                        layout = replace(base, sampler_tensor=sampler_tensor)
+                        layout = replace(base, sampler_tensor=sampler_tensor, virtual_pipeline=chunk_count)
                         yield layout
                         if abilities.recompute:
                             yield replace(layout, recompute=True)
+
+
+def _chunk_counts(size: ModelSize, pipeline: int) -> list[int]:
+    """Into how many chunks a pipeline rank's layers may be divided."""
+    if pipeline == 1:
+        return [1]
+    return [count for count in _divisors(size.num_hidden_layers // pipeline) if count <= _MOST_CHUNKS]
 
 
 def _shares(cluster: Cluster, abilities: Abilities) -> Iterator[tuple[int, int]]:
@@ -237,6 +252,7 @@ def missing_abilities(layout: Layout, abilities: Abilities) -> tuple[str, ...]:
         "distributed optimiser": (layout.distributed_optimizer, abilities.distributed_optimizer),
         "sequence parallel": (layout.sequence_parallel, abilities.sequence_parallel),
         "recomputation": (layout.recompute, abilities.recompute),
+        "interleaved pipeline": (layout.virtual_pipeline > 1, abilities.interleaved),
         "disaggregated topology": (not layout.colocated, abilities.disaggregated),
         "rollout.sampler=vllm": (not layout.whole_cache, abilities.paged_sampler),
         "sampler over several ranks": (layout.sampler_tensor > 1, abilities.split_sampler),
@@ -258,17 +274,21 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
     if cluster.nodes > 1:
         words += ["--rdzv-endpoint", '"$HEAD:29500"']
     layout, memory = candidate.layout, candidate.memory
+    dtype = "bfloat16" if layout.precision == "bf16" else "float32"
     overrides = [
         *arguments,
         f"parallel.tensor={layout.tensor}",
         f"parallel.pipeline={layout.pipeline}",
+        f"parallel.virtual_pipeline={layout.virtual_pipeline}",
+        "parallel.context=1",
         f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
         f"parallel.recompute={'full' if layout.recompute else 'none'}",
         f"parallel.distributed_optimizer={str(layout.distributed_optimizer).lower()}",
+        f"parallel.dtype={dtype}",
     ]
     if not layout.whole_cache:
         share = (memory.sampler_weights + memory.kv_cache) / cluster.gpu.memory_bytes
-        overrides.append(f"vllm.memory_fraction={math.ceil(100 * share) / 100}")
+        overrides += [f"vllm.memory_fraction={math.ceil(100 * share) / 100}", f"vllm.dtype={dtype}"]
     return " ".join([*words, "-m", "rlef", "train", *(shlex.quote(word) for word in overrides)])
 
 

@@ -14,6 +14,7 @@ from rlef.plan_model import Head, ModelSize, stage_parameters
 GRADIENT_BYTES = 4  # accumulated in fp32, whatever the weights are
 MASTER_BYTES = 4  # beside bf16 weights; fp32 weights are their own
 MOMENT_BYTES = 8  # AdamW's two, in fp32
+_BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class Layout:
     distributed_optimizer: bool = False
     sequence_parallel: bool = False
     recompute: bool = False
+    virtual_pipeline: int = 1  # chunks of layers on each pipeline rank
 
     @property
     def data(self) -> int:
@@ -39,7 +41,16 @@ class Layout:
 
     @property
     def element_bytes(self) -> int:
-        return 2 if self.precision == "bf16" else 4
+        return _BYTES[self.precision]
+
+    @property
+    def sampler_precision(self) -> Precision:
+        """The embedded sampler computes in fp32, whatever the networks do."""
+        return "fp32" if self.whole_cache else self.precision
+
+    @property
+    def sampler_element_bytes(self) -> int:
+        return _BYTES[self.sampler_precision]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +147,7 @@ def sampler_bytes(size: ModelSize, layout: Layout, cache_tokens: float) -> tuple
     """Weights and cache of one of a sampler's ranks."""
     weights = stage_parameters(size, "logits", stage=0, stages=1, tensor=layout.sampler_tensor)
     cache = cache_tokens * size.cache_elements() / layout.sampler_tensor
-    return weights * layout.element_bytes, cache * layout.element_bytes
+    return weights * layout.sampler_element_bytes, cache * layout.sampler_element_bytes
 
 
 def cache_capacity(
@@ -145,7 +156,7 @@ def cache_capacity(
     """Tokens that a sampler's cache has room for, when `taken` bytes of each of its ranks are others'."""
     weights, _ = sampler_bytes(size, layout, 0)
     free = gpu.memory_bytes - taken - weights - assumptions.memory_reserve_bytes
-    per_token = size.cache_elements() * layout.element_bytes / layout.sampler_tensor
+    per_token = size.cache_elements() * layout.sampler_element_bytes / layout.sampler_tensor
     return max(0.0, free * assumptions.kv_memory_share / per_token)
 
 
@@ -154,9 +165,14 @@ def _parameters(size: ModelSize, head: Head, layout: Layout, stage: int) -> int:
 
 
 def _pass_bytes(size: ModelSize, layout: Layout, stage: int, tokens: int) -> tuple[float, float]:
-    """Activations of the micro-batches in flight (1F1B), and the logits of one with their gradient."""
+    """Activations of the micro-batches in flight, and the logits of one with their gradient.
+
+    In flight is what is begun before the first backward pass, and one more: of an interleaved pipeline in
+    chunks of a rank's layers.
+    """
+    chunks, after = layout.virtual_pipeline, layout.pipeline - 1 - stage  # after: ranks
+    in_flight = after + 1 if chunks == 1 else (2 * after + (chunks - 1) * layout.pipeline + 1) / chunks
     layers = size.num_hidden_layers / layout.pipeline
-    in_flight = layout.pipeline - stage
     kept = layers * activation_elements(size, layout) * in_flight
     if layout.recompute:  # one layer at a time is computed again, and kept whole meanwhile
         kept += activation_elements(size, _without_recomputation(layout))

@@ -117,7 +117,8 @@ def chosen(plan: Plan, count: int) -> list[Candidate]:
 
 def describe(layout: Layout) -> str:
     """A layout in a few words."""
-    words = [f"TP{layout.tensor} PP{layout.pipeline} DP{layout.data}"]
+    chunks = f"x{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
+    words = [f"TP{layout.tensor} PP{layout.pipeline}{chunks} DP{layout.data}"]
     words += ["SP"] if layout.sequence_parallel else []
     words += ["distributed optimiser"] if layout.distributed_optimizer else []
     words += ["recompute"] if layout.recompute else []

@@ -130,7 +130,8 @@ def rollout_s(
     slots = min(here, work.slots, fitting)
     step = DecodeStep(size, cluster, layout, assumptions, context)
     operations = size.forward_operations("logits", work.episode_tokens) * work.read_tokens * here
-    rate = cluster.gpu.flops(layout.precision) * assumptions.prefill_efficiency * layout.sampler_tensor
+    flops = cluster.gpu.flops(layout.sampler_precision)
+    rate = flops * assumptions.prefill_efficiency * layout.sampler_tensor
     return operations / rate + _decode_all(lengths, slots, step)
 
 
@@ -183,16 +184,16 @@ class DecodeStep:
         gpu, ranks = cluster.gpu, layout.sampler_tensor
         matrices = size.matrix_parameters("logits") / ranks
         reading = gpu.memory_bandwidth * assumptions.decode_bandwidth
-        rate = gpu.flops(layout.precision) * assumptions.decode_operations
-        self._weights = matrices * layout.element_bytes / reading
+        rate = gpu.flops(layout.sampler_precision) * assumptions.decode_operations
+        self._weights = matrices * layout.sampler_element_bytes / reading
         self._operations = 2 * matrices / rate
-        self._cache = size.cache_elements() * layout.element_bytes * context / ranks / reading
+        self._cache = size.cache_elements() * layout.sampler_element_bytes * context / ranks / reading
         self._each = assumptions.decode_sequence_s
         self._fixed = assumptions.decode_step_s
         if ranks > 1:
             self._fixed += 2 * size.num_hidden_layers * assumptions.reduce_latency_s
             link = bandwidth_within(cluster, ranks, assumptions)
-            bytes_ = 2 * size.num_hidden_layers * size.hidden_size * layout.element_bytes
+            bytes_ = 2 * size.num_hidden_layers * size.hidden_size * layout.sampler_element_bytes
             self._each += reduce_s(bytes_, ranks, link)
 
     def __call__(self, sequences: int) -> float:
@@ -279,6 +280,9 @@ def _passes_s(
     tokens *= busiest_share(int(sequences), layout.data, assumptions)
     micro_batches = max(1, math.ceil(tokens / work.micro_batch_tokens))
     each = tokens / micro_batches
+    chunks = layout.virtual_pipeline
+    if chunks > 1:  # the schedule wants as many for each rank: the last ones are padding
+        micro_batches = math.ceil(micro_batches / layout.pipeline) * layout.pipeline
     ranks = layout.tensor * layout.pipeline
     rate = cluster.gpu.flops(layout.precision) * assumptions.training_efficiency
     computing = forward * each * size.forward_operations(head, work.episode_tokens) / ranks / rate
@@ -292,8 +296,8 @@ def _passes_s(
         moving += 2 * passes * layers * reduce_s(hidden_bytes, layout.tensor, link)
     if layout.pipeline > 1:
         hop = bandwidth_within(cluster, ranks, assumptions)
-        moving += (1 if forward == 1 else 2) * hidden_bytes / hop
-    return (micro_batches + layout.pipeline - 1) * (computing + moving)
+        moving += chunks * (1 if forward == 1 else 2) * hidden_bytes / hop
+    return (micro_batches + (layout.pipeline - 1) / chunks) * (computing + moving)
 
 
 def _optimizer_s(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,13 +90,21 @@ class StreamingSampler(Sampler, Protocol):
         ...
 
 
-LossFunction = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
-"""(outputs, index of the micro-batch) -> (summed loss, statistics).
+class LossFunction(Protocol):
+    """(outputs, index of the micro-batch) -> (summed loss, statistics).
 
-`outputs` are a policy's logits `[tokens, vocab / tensor parallel size]` or a value network's values
-`[values]`. The loss must already be divided by whatever it is normalised by over the *whole* update (all
-micro-batches, all data-parallel ranks): engines add micro-batches and ranks up and divide by nothing.
-Statistics go together as in `combine_statistics`."""
+    `outputs` are a policy's logits `[tokens, vocab / tensor parallel size]` or a value network's values
+    `[values]`. The loss must already be divided by whatever it is normalised by over the *whole* update (all
+    micro-batches, all data-parallel ranks): engines add micro-batches and ranks up and divide by nothing.
+    Statistics go together as in `combine_statistics`.
+
+    `rows` is given by an engine whose ranks hold some of a pack's tokens each: the tokens, ascending, that
+    the rows of the logits belong to. The loss is then of what those rows predict, and engines add up.
+    """
+
+    def __call__(
+        self, outputs: Tensor, index: int, rows: Tensor | None = None, /
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def combine_statistics(items: Iterable[Mapping[str, Tensor | float]]) -> dict[str, float]:

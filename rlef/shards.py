@@ -87,11 +87,18 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, world_size: int) -
             f"parallel.pipeline is {parallel.pipeline}, which does not divide the model's "
             f"{shape.num_hidden_layers} layers; use {_either(fitting)}"
         )
-    replica = parallel.tensor * parallel.pipeline
-    if world_size % replica:
+    layers = shape.num_hidden_layers // parallel.pipeline
+    if layers % parallel.virtual_pipeline:
+        fitting = [n for n in range(1, parallel.virtual_pipeline) if layers % n == 0]
         raise ConfigError(
-            f"parallel.processes is {world_size}, which parallel.tensor x parallel.pipeline = "
-            f"{parallel.tensor} x {parallel.pipeline} = {replica} does not divide; take a multiple of it"
+            f"parallel.virtual_pipeline is {parallel.virtual_pipeline}, which does not divide the {layers} "
+            f"layers of a pipeline rank; use {_either(fitting)}"
+        )
+    if world_size % parallel.replica:
+        raise ConfigError(
+            f"parallel.processes is {world_size}, which parallel.tensor x pipeline x context = "
+            f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {parallel.replica} does not "
+            "divide; take a multiple of it"
         )
 
 
@@ -100,7 +107,10 @@ def _either(numbers: Sequence[int]) -> str:
 
 
 def stage_weights(shape: ModelShape, head: Head, *, stage: int, stages: int) -> list[StageWeight]:
-    """The parameters of pipeline stage `stage` of `stages`, layers counted from the start of the stage."""
+    """The parameters of pipeline stage `stage` of `stages`, layers counted from the start of the stage.
+
+    Of an interleaved pipeline each chunk of layers is a stage of its own.
+    """
     hidden, head_dim = shape.hidden_size, shape.head_dim
     queries, groups = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
     embedding = (shape.vocab_size, hidden)

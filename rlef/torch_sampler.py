@@ -128,7 +128,7 @@ class TorchSampler:
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         shape = self._shape
-        weights = {name: tensor.detach().to(self._device) for name, tensor in named_weights}
+        weights = {name: tensor.detach().to(self._device, torch.float32) for name, tensor in named_weights}
 
         def layer(index: int) -> _LayerWeights:
             def copied(*names: str) -> Tensor:

@@ -20,8 +20,17 @@ from rlef.shards import VALUE_HEAD, Head, StageWeight, checked, cut_shard, join_
 BUCKET_ELEMENTS = 64 * 1024 * 1024  # of whole weights in flight at once, 256 MB in float32
 
 
+def stages_of(chunks: Sequence[nn.Module], pipeline_group: ProcessGroup) -> dict[int, nn.Module]:
+    """Number of each stage that this rank holds -> its module.
+
+    It is one, or with an interleaved pipeline one of each round over the ranks.
+    """
+    rank, size = pipeline_group.rank(), pipeline_group.size()
+    return {number * size + rank: chunk for number, chunk in enumerate(chunks)}
+
+
 def load_huggingface(
-    module: nn.Module,
+    chunks: Sequence[nn.Module],
     named: Weights,
     shape: ModelShape,
     head: Head,
@@ -29,7 +38,7 @@ def load_huggingface(
     tensor_group: ProcessGroup,
     pipeline_group: ProcessGroup,
 ) -> None:
-    """Copy this rank's part of the whole weights `named` into the Megatron module of its stage.
+    """Copy this rank's part of the whole weights `named` into the Megatron modules of its stages.
 
     Reads one parameter at a time, and of it this rank's part alone. A value network ignores `lm_head.weight`.
     Its head starts at zero, unless `named` has `value_head.weight`.
@@ -39,18 +48,21 @@ def load_huggingface(
     """
     if head == "value":
         named = ChainMap(dict(named), {VALUE_HEAD: torch.zeros(1, shape.hidden_size)})
-    parameters = dict(module.named_parameters())
     rank, size = tensor_group.rank(), tensor_group.size()
-    weights = stage_weights(shape, head, stage=pipeline_group.rank(), stages=pipeline_group.size())
-    assert parameters.keys() == {weight.parameter for weight in weights}, "the table and the module disagree"
-    for weight in weights:
-        tensors = [checked(named, *whole) for whole in zip(weight.names, weight.shapes, strict=True)]
-        with torch.no_grad():
-            parameters[weight.parameter].copy_(cut_shard(tensors, weight.cut, shape, rank=rank, size=size))
+    stages = pipeline_group.size() * len(chunks)
+    for stage, chunk in stages_of(chunks, pipeline_group).items():
+        parameters = dict(chunk.named_parameters())
+        weights = stage_weights(shape, head, stage=stage, stages=stages)
+        assert parameters.keys() == {weight.parameter for weight in weights}, "table and module disagree"
+        for weight in weights:
+            tensors = [checked(named, *whole) for whole in zip(weight.names, weight.shapes, strict=True)]
+            shard = cut_shard(tensors, weight.cut, shape, rank=rank, size=size)
+            with torch.no_grad():
+                parameters[weight.parameter].copy_(shard)
 
 
 def gather_huggingface(
-    module: nn.Module,
+    chunks: Sequence[nn.Module],
     shape: ModelShape,
     head: Head,
     *,
@@ -63,9 +75,9 @@ def gather_huggingface(
     Each bucket of at most `bucket_elements` is gathered over the tensor parallel ranks of the stage that
     holds it, and then broadcast to the other stages. What is yielded are copies.
     """
-    parameters = dict(module.named_parameters())
-    example = next(iter(parameters.values()))
-    own_stage, stages = pipeline_group.rank(), pipeline_group.size()
+    own = stages_of(chunks, pipeline_group)
+    example = next(chunks[0].parameters())
+    ranks, stages = pipeline_group.size(), pipeline_group.size() * len(chunks)
     for stage in range(stages):
         weights = [
             weight
@@ -73,12 +85,12 @@ def gather_huggingface(
             if not weight.duplicate
         ]
         for bucket in _buckets(weights, bucket_elements):
-            if stage == own_stage:
-                flat = _gather_bucket(bucket, parameters, shape, tensor_group)
+            if stage in own:
+                flat = _gather_bucket(bucket, dict(own[stage].named_parameters()), shape, tensor_group)
             else:
                 flat = example.new_empty(sum(weight.elements for weight in bucket))
-            if stages > 1:
-                source = torch.distributed.get_global_rank(pipeline_group, stage)
+            if ranks > 1:
+                source = torch.distributed.get_global_rank(pipeline_group, stage % ranks)
                 torch.distributed.broadcast(flat, source, group=pipeline_group)
             yield from _unpack(flat, bucket)
 

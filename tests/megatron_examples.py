@@ -88,7 +88,7 @@ def ppo_policy_loss(
     """The policy loss of micro-batches `mine`, normalised over all of them, with made-up advantages."""
     tokens = sum(batch.num_response_tokens for batch in all_batches)
 
-    def loss(logits: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(logits: Tensor, index: int, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         number = mine[index]
         batch = all_batches[number]
         return policy_loss(
@@ -98,6 +98,7 @@ def ppo_policy_loss(
             advantages=noise(batch.value_positions.shape[0], seed=number),
             settings=PPOConfig(entropy_coef=0.1),
             normaliser=tokens,
+            rows=rows,
             group=group,
         )
 

@@ -188,7 +188,11 @@ def test_settings_do_not_change(tmp_path: Path) -> None:
         ),
         (
             ("parallel.processes=3", "parallel.tensor=2"),
-            "parallel.processes = 3 is not a multiple of parallel.tensor x parallel.pipeline = 2; use 2",
+            "parallel.processes = 3 is not a multiple of parallel.tensor x parallel.pipeline x parallel.",
+        ),
+        (
+            ("parallel.virtual_pipeline=2",),
+            "parallel.virtual_pipeline = 2 interleaves the stages of a pipeline, and parallel.pipeline = 1; ",
         ),
         (
             ("parallel.sequence_parallel=true",),

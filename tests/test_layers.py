@@ -41,9 +41,11 @@ FLOORS: tuple[frozenset[str], ...] = (
             "analysis",
             "attention",
             "checkpoint_files",
+            "context",
             "hidden_conventions",
             "launch",
             "megatron_cpu",
+            "offload",
             "pretrained",
             "run_folder",
         }

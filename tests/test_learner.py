@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlef.config import OptimizerConfig, PPOConfig, RewardConfig, ValueLevel
+from rlef.config import OptimizerConfig, ParallelConfig, PPOConfig, RewardConfig, ValueLevel
 from rlef.learner import Learner
+from rlef.megatron_policy import build_networks
 from rlef.packing import pack
 from rlef.ports import Networks, ParallelState
 from rlef.records import Episode, TurnOutcome
 from rlef.torch_model import LlamaModel
 from rlef.torch_policy import TorchNetwork
+from tests.distributed import run_ranks
 from tests.megatron_examples import UNTIED, policy_twin, random_weights, value_twin
 from tests.ppo_examples import episode
 
@@ -216,3 +219,31 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted() -> None:
 
 def sound_pair() -> list[Episode]:
     return [episode("..#", seed=3), episode("..##", seed=4)]
+
+
+EPISODES = [
+    episode("..####.##", seed=4, solved=True),
+    episode(".#.#.#..", seed=5),
+    episode("...#", seed=6, solved=True),
+    episode("..##.##", seed=7),
+]
+
+
+def learn_with_shared_packs() -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
+    """On each of two ranks that share the tokens of every pack: metrics and weights after a step."""
+    parallel = ParallelConfig(processes=2, context=2, offload_reference=True)
+    nets = build_networks(UNTIED, WEIGHTS, parallel=parallel, optimizer=OPTIMIZER)
+    metrics = learner(nets, updates=2, micro_batch_tokens=12).step(EPISODES)
+    return metrics, weights(nets.policy), weights(nets.value)
+
+
+@pytest.mark.multiprocess
+def test_ranks_that_share_packs_learn_what_one_learns_alone(tmp_path: Path) -> None:
+    nets = networks()
+    expected = learner(nets, updates=2, micro_batch_tokens=12).step(EPISODES)
+    for metrics, policy, value in run_ranks(learn_with_shared_packs, ranks=2, folder=tmp_path, timeout_s=900):
+        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        for found, twin in ((policy, weights(nets.policy)), (value, weights(nets.value))):
+            assert found.keys() == twin.keys()
+            for name, weight in twin.items():
+                torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)

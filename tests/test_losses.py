@@ -11,6 +11,7 @@ from torch import Tensor
 from rlef.config import PPOConfig
 from rlef.losses import policy_loss, token_logprobs, value_loss
 from rlef.packing import pack
+from rlef.ports import combine_statistics
 from rlef.records import Batch, Episode
 from tests.ppo_examples import VOCAB, episode, episodes, log_uniform, noise
 
@@ -50,6 +51,41 @@ def test_logprobs_carry_a_gradient_to_the_predicting_rows_alone() -> None:
     token_logprobs(logits, batch).sum().backward()
     assert logits.grad is not None
     assert logits.grad.abs().amax(1).gt(0).tolist() == [False, True, True, False, True, False]
+
+
+@given(made=episodes(), level=levels, chunks=st.integers(1, 4), seed=st.integers(0, 9))
+def test_losses_of_some_rows_add_up_to_that_of_all(
+    made: list[Episode], level: str, chunks: int, seed: int
+) -> None:
+    """Rows dealt out to three ranks, some of which may hold none that predicts anything."""
+    batch = pack(made, value_level=level)  # type: ignore[arg-type]
+    logits = noise(batch.num_tokens, VOCAB, seed=seed)
+    old, advantages = log_uniform(batch.num_tokens), noise(batch.value_positions.shape[0], seed=seed)
+    loss, gradient, statistics = loss_and_gradient(logits, batch, old, advantages)
+    logprobs = token_logprobs(logits, batch)
+    summed: list[dict[str, Tensor]] = []
+    for rank in range(3):
+        rows = torch.arange(batch.num_tokens)[torch.arange(batch.num_tokens) // chunks % 3 == rank]
+        if rows.numel() == 0:
+            continue
+        own = logits[rows].requires_grad_()
+        part, found = policy_loss(
+            own,
+            batch,
+            old_logprobs=old,
+            advantages=advantages,
+            settings=SETTINGS,
+            normaliser=5.0,
+            rows=rows,
+        )
+        (moved,) = torch.autograd.grad(part, own)
+        torch.testing.assert_close(moved, gradient[rows])
+        logprobs = logprobs - token_logprobs(logits[rows], batch, rows=rows)
+        loss = loss - part.detach()
+        summed.append(found)
+    assert float(loss) == pytest.approx(0.0, abs=1e-5)
+    torch.testing.assert_close(logprobs, torch.zeros(batch.num_tokens))
+    assert combine_statistics(summed) == pytest.approx(combine_statistics([statistics]), abs=1e-5)
 
 
 def test_fresh_policy_moves_each_token_by_its_advantage_over_the_count() -> None:

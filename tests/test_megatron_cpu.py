@@ -109,10 +109,12 @@ def _one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_a_distributed_optimizer_fails_without_the_type_names_of_cuda(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(distributed_optimizer=True), ParallelConfig(dtype="bfloat16")]
+)
+def test_an_optimizer_that_looks_at_types_fails_without_the_type_names_of_cuda(
+    parallel: ParallelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parallel = ParallelConfig(distributed_optimizer=True)
     assert _updated(parallel, None).startswith("grad norm 0.")
     monkeypatch.setattr(megatron_cpu, "type_names_of_cuda", lambda _: nullcontext())
     with pytest.raises(TypeError, match=r"torch\.cuda\.FloatTensor"):

@@ -1,11 +1,13 @@
 """Every way to divide four processes computes what one process of plain torch computes.
 
-One launch of four ranks plays all layouts and both kinds of embedding; the tests look at what it recorded.
+One launch of four ranks plays all layouts and kinds of model; the tests look at what it recorded.
 """
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from rlef.checkpoint import CheckpointStore
 from rlef.config import ParallelConfig
+from rlef.records import ModelShape
 from tests.distributed import common_folder, run_ranks
 from tests.megatron_examples import (
     QWEN2,
@@ -51,7 +54,42 @@ LAYOUTS = {  # tensor x pipeline; the rest is data
     ),
     "1x2 distributed": ParallelConfig(processes=RANKS, pipeline=2, distributed_optimizer=True),
 }
+DEEP_LAYOUTS = {  # tensor x pipeline x chunks on a pipeline rank
+    "1x4x1": ParallelConfig(processes=RANKS, pipeline=4),
+    "1x2x2": ParallelConfig(processes=RANKS, pipeline=2, virtual_pipeline=2),
+    "2x2x2 sequence recompute": ParallelConfig(
+        processes=RANKS,
+        tensor=2,
+        pipeline=2,
+        virtual_pipeline=2,
+        sequence_parallel=True,
+        recompute="full",
+    ),
+    "1x2x2 distributed": ParallelConfig(
+        processes=RANKS, pipeline=2, virtual_pipeline=2, distributed_optimizer=True
+    ),
+}
+CONTEXT_LAYOUTS = {  # ranks that share each pack; its tokens are a multiple of none of these
+    "context 2": ParallelConfig(processes=RANKS, context=2),
+    "context 4": ParallelConfig(processes=RANKS, context=4),
+    "2x1 context 2 sequence": ParallelConfig(processes=RANKS, tensor=2, context=2, sequence_parallel=True),
+    "1x2x2 context 2 recompute": ParallelConfig(
+        processes=RANKS, pipeline=2, virtual_pipeline=2, context=2, recompute="full"
+    ),
+    "context 2 distributed": ParallelConfig(processes=RANKS, context=2, distributed_optimizer=True),
+}
 SHAPES = {"untied": UNTIED, "tied": TIED, "qwen2": QWEN2, "qwen3": QWEN3}
+DEEP_SHAPES = {"deep qwen2": replace(QWEN2, num_hidden_layers=4)}
+CASES = {
+    f"{layout} {shape}": (layouts[layout], shapes[shape])
+    for layouts, shapes in (
+        (LAYOUTS, SHAPES),
+        (DEEP_LAYOUTS, DEEP_SHAPES),
+        (CONTEXT_LAYOUTS, DEEP_SHAPES),
+    )
+    for layout in layouts
+    for shape in shapes
+}
 UPDATES = 2
 
 
@@ -66,18 +104,19 @@ def play() -> dict[str, Any]:
     store = CheckpointStore(common_folder() / "checkpoints", keep=1, rank=rank, world_size=RANKS)
     recorded: dict[str, Any] = {}
     with warnings.catch_warnings(record=True) as warned:
-        for layout, parallel in LAYOUTS.items():
-            for embedding in SHAPES:
-                recorded[f"{layout} {embedding}"] = _play_layout(parallel, embedding, store)
-            parallel_state.destroy_model_parallel()
+        before = ParallelConfig()
+        for name, (parallel, shape) in CASES.items():
+            if parallel is not before:
+                parallel_state.destroy_model_parallel()
+            recorded[name] = _play_layout(parallel, shape, store)
+            before = parallel
     recorded["warnings"] = sorted({str(warning.message) for warning in warned})
     return recorded
 
 
-def _play_layout(parallel: ParallelConfig, embedding: str, store: CheckpointStore) -> dict[str, Any]:
+def _play_layout(parallel: ParallelConfig, shape: ModelShape, store: CheckpointStore) -> dict[str, Any]:
     from rlef.megatron_policy import MegatronNetwork, initialize
 
-    shape = SHAPES[embedding]
     weights = random_weights(shape)
     state = initialize(parallel)
     everything = batches()
@@ -118,11 +157,11 @@ def _play_layout(parallel: ParallelConfig, embedding: str, store: CheckpointStor
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(play, ranks=RANKS, folder=tmp_path_factory.mktemp("ranks"))
+    return run_ranks(play, ranks=RANKS, folder=tmp_path_factory.mktemp("ranks"), timeout_s=900)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def embedding(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
 
@@ -134,14 +173,19 @@ def head(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def twin(embedding: str, head: str) -> dict[str, Any]:
+def twin(case: str, head: str) -> dict[str, Any]:
+    return _twin(CASES[case][1], head)
+
+
+@cache
+def _twin(shape: ModelShape, head: str) -> dict[str, Any]:
     """What the plain torch network makes of the same weights and micro-batches, all in one process."""
     everything = batches()
-    weights = random_weights(SHAPES[embedding])
+    weights = random_weights(shape)
     if head == "logits":
-        network, loss = policy_twin(SHAPES[embedding], weights), ppo_policy_loss(everything, range(3))
+        network, loss = policy_twin(shape, weights), ppo_policy_loss(everything, range(3))
     else:
-        network, loss = value_twin(SHAPES[embedding], weights), ppo_value_loss(everything, range(3))
+        network, loss = value_twin(shape, weights), ppo_value_loss(everything, range(3))
     return {
         "scores": network.forward(everything),
         "updates": [network.update(everything, loss) for _ in range(UPDATES)],
@@ -150,12 +194,10 @@ def twin(embedding: str, head: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=LAYOUTS)
-def records(
-    request: pytest.FixtureRequest, ranks: list[dict[str, Any]], embedding: str, head: str
-) -> list[dict[str, Any]]:
+@pytest.fixture
+def records(ranks: list[dict[str, Any]], case: str, head: str) -> list[dict[str, Any]]:
     """What each rank recorded in one layout."""
-    played = [rank[f"{request.param} {embedding}"] for rank in ranks]
+    played = [rank[case] for rank in ranks]
     return [{"batches": record["batches"], **record[head]} for record in played]
 
 
@@ -231,6 +273,15 @@ def test_one_rank_had_no_micro_batch_and_took_part(ranks: list[dict[str, Any]]) 
 
 def test_some_packs_divide_among_the_ranks_and_others_are_padded() -> None:
     assert {batch.num_tokens % 2 for batch in batches()} == {0, 1}
+
+
+def test_an_interleaved_pipeline_has_too_few_packs_and_packs_of_several_lengths(
+    ranks: list[dict[str, Any]],
+) -> None:
+    assert {batch.num_tokens for batch in batches()} == {11, 13, 18}
+    counts = {len(rank["1x2x2 deep qwen2"]["batches"]) for rank in ranks}
+    assert counts == {1, 2}  # of two stages, which want an even number
+    assert [len(rank["2x2x2 sequence recompute deep qwen2"]["batches"]) for rank in ranks] == [3] * RANKS
 
 
 @pytest.mark.parametrize("embedding", SHAPES)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rlef import megatron_policy
 from rlef.config import ConfigError, OptimizerConfig, ParallelConfig
+from rlef.losses import token_logprobs
 from rlef.megatron_policy import MegatronNetwork, build_networks, initialize
 from rlef.packing import pack
 from rlef.pieces import HeldState
@@ -28,7 +30,7 @@ from tests.megatron_examples import (
     random_weights,
     value_twin,
 )
-from tests.ppo_examples import episode
+from tests.ppo_examples import episode, noise
 
 WEIGHTS = random_weights(UNTIED)
 
@@ -114,6 +116,37 @@ def test_packed_sequences_score_as_each_would_alone() -> None:
         torch.testing.assert_close(
             network.forward(together)[0], torch.cat(network.forward(alone)), rtol=1e-5, atol=1e-6
         )
+
+
+def test_a_packed_update_is_that_of_the_same_sequences_one_per_micro_batch() -> None:
+    episodes = [episode("..####", seed=4), episode(".#.#.#..", seed=5), episode("...#", seed=6)]
+    alone = [pack([each], value_level="turn") for each in episodes]
+    together = [pack(episodes, value_level="turn")]
+    for build in (policy, value):
+        sizes = [each.shape[0] for each in build().forward(alone)]  # tokens, or values
+        factors = noise(sum(sizes), seed=7)
+        networks = []
+        for micro_batches, shares in ((together, [factors]), (alone, factors.split(sizes))):
+            loss = weighted_outputs(micro_batches, shares)
+            network = build()
+            networks.append((network.update(micro_batches, loss), weights_of(network)))
+        (packed, packed_weights), (single, single_weights) = networks
+        assert packed.grad_norm == pytest.approx(single.grad_norm, rel=1e-5)
+        assert packed.statistics == pytest.approx(single.statistics, rel=1e-5)
+        for name, weight in single_weights.items():
+            torch.testing.assert_close(packed_weights[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def weighted_outputs(micro_batches: list[Batch], shares: Sequence[Tensor]) -> LossFunction:
+    """Each log-prob of a response token, or each value, times a number of its own."""
+
+    def loss(outputs: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        is_policy = outputs.ndim == 2
+        scores = token_logprobs(outputs, micro_batches[index]) if is_policy else outputs
+        summed = (scores * shares[index]).sum()
+        return summed, {"loss": summed.detach()}
+
+    return loss
 
 
 def test_logprobs_are_zero_outside_responses_and_negative_inside() -> None:
@@ -275,6 +308,30 @@ def test_a_frozen_network_scores_alike_and_cannot_learn() -> None:
     assert {piece.name.split("/")[0] for piece in frozen.state_dict().pieces} == {"weight"}
 
 
+def test_an_offloaded_network_scores_alike_and_keeps_nothing_on_the_device() -> None:
+    """Here the device is the CPU too: what is used are copies, which nothing holds afterwards."""
+    plain, offloaded = (
+        MegatronNetwork(UNTIED, WEIGHTS, head="logits", offloaded=offloaded) for offloaded in (False, True)
+    )
+    host = [parameter.data_ptr() for parameter in offloaded._model.parameters()]
+    used: list[weakref.ref[torch.nn.Parameter]] = []
+    norm = offloaded._model[0].decoder.final_layernorm
+    norm.register_forward_pre_hook(lambda module, _: used.append(weakref.ref(module.weight)))
+    for found, expected in zip(offloaded.forward(batches()), plain.forward(batches()), strict=True):
+        assert torch.equal(found, expected)
+    assert len(used) == len(batches())
+    assert all(copied() is None for copied in used)
+    assert [parameter.data_ptr() for parameter in offloaded._model.parameters()] == host
+    assert_same_weights(weights_of(offloaded), weights_of(plain))
+
+
+def test_a_state_is_loaded_into_an_offloaded_network() -> None:
+    other = MegatronNetwork(UNTIED, random_weights(UNTIED, seed=5), head="logits")
+    offloaded = MegatronNetwork(UNTIED, WEIGHTS, head="logits", offloaded=True)
+    offloaded.load_state_dict(other.state_dict())
+    assert torch.equal(offloaded.forward(batches())[0], other.forward(batches())[0])
+
+
 def test_recomputation_keeps_less_than_half_and_runs_each_layer_twice() -> None:
     """What is kept is counted when the loss is called, which is between the two passes."""
     kept: dict[str, int] = {}
@@ -289,7 +346,7 @@ def test_recomputation_keeps_less_than_half_and_runs_each_layer_twice() -> None:
             lr=1.0,
         )
         bytes_kept, calls = [0], []
-        for layer in network._model.decoder.layers:
+        for layer in network._model[0].decoder.layers:
             layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
 
         def keep(tensor: Tensor, bytes_kept: list[int] = bytes_kept) -> Tensor:

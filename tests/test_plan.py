@@ -64,7 +64,7 @@ def rlef(*arguments: str) -> Result:
 
 @pytest.fixture
 def network() -> Iterator[MegatronNetwork]:
-    parallel = ParallelConfig(recompute="full", distributed_optimizer=True)
+    parallel = ParallelConfig(recompute="full", distributed_optimizer=True, dtype="bfloat16")
     initialize(parallel)
     yield MegatronNetwork(
         UNTIED, random_weights(UNTIED), head="logits", parallel=parallel, optimizer=SMOOTH, lr=1.0
@@ -74,22 +74,22 @@ def network() -> Iterator[MegatronNetwork]:
 
 def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> None:
     """If this fails, the trainer has learned something: tell `TRAINER` and `launch_command` in plan.py."""
-    config = network._model.config
+    config = network._config
     assert network._training is not None
     settings_of_all = {name for _, section in Config() for name in type(section).model_fields}
     assert (
         Abilities(
             bf16=config.bf16,
-            distributed_optimizer=network._training.model.ddp_config.use_distributed_optimizer,
+            distributed_optimizer=network._training.chunks[0].ddp_config.use_distributed_optimizer,
             sequence_parallel="sequence_parallel" in settings_of_all,
             recompute=config.recompute_granularity == "full",
+            interleaved="virtual_pipeline" in settings_of_all,
             disaggregated="topology" in settings_of_all,
             paged_sampler=Config().rollout.sampler == "vllm",
             split_sampler=False,  # samplers.check_sampler refuses it beside several processes
         )
         == TRAINER
     )
-    assert (config.context_parallel_size, config.virtual_pipeline_model_parallel_size) == (1, None)
 
 
 @given(shapes, st.sampled_from([1, 2, 3, 4, 8]))
@@ -115,7 +115,8 @@ def test_every_layout_uses_all_gpus_and_gives_each_replica_a_sequence(
         assert together == cluster.gpus
         assert layout.data * layout.tensor * layout.pipeline == layout.training_gpus
         assert layout.data <= work.episodes // work.updates
-        assert size.num_hidden_layers % layout.pipeline == 0
+        assert size.num_hidden_layers % (layout.pipeline * layout.virtual_pipeline) == 0
+        assert layout.virtual_pipeline == 1 or layout.pipeline > 1
         assert layout.sampling_gpus % layout.sampler_tensor == 0
         assert not missing_abilities(layout, EVERYTHING if everything else TRAINER)
 
@@ -225,9 +226,11 @@ def test_nothing_that_fits_is_said_with_what_would_help() -> None:
 
 
 def test_a_model_too_large_for_what_runs_today_is_told_what_its_best_layout_needs() -> None:
-    """Seventy billion parameters: loadable, but not whole in fp32 for the sampler."""
+    """Seventy billion parameters: loadable, but the embedded sampler would hold them whole in fp32."""
     result = rlef("--model", "llama-3.1-70b", "--gpu", "H100", "--nodes", "8")
-    assert "No layout that the trainer can run today fits. The best needs: bf16" in result.stdout
+    (needs,) = [line for line in result.stdout.splitlines() if "The best needs: " in line]
+    assert needs.startswith("No layout that the trainer can run today fits.")
+    assert "rollout.sampler=vllm" in needs
     assert "torchrun" not in result.stdout
 
 
@@ -257,9 +260,12 @@ def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
     overrides = [word for word in words if word.startswith("parallel.")]
     found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus}"]).parallel
     assert (found.tensor, found.pipeline) == (layout.tensor, layout.pipeline)
+    assert found.virtual_pipeline == layout.virtual_pipeline
+    assert found.replica == layout.tensor * layout.pipeline
     assert found.sequence_parallel == layout.sequence_parallel
     assert found.distributed_optimizer == layout.distributed_optimizer
     assert found.recompute == ("full" if layout.recompute else "none")
+    assert found.dtype == ("bfloat16" if layout.precision == "bf16" else "float32")
 
 
 @pytest.mark.slow
@@ -294,6 +300,7 @@ def test_with_vllm_the_plan_gives_its_cache_a_share_of_the_gpu() -> None:
     plan = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with("vllm"))
     paged = next(each for each in plan.candidates if not each.layout.whole_cache and not each.missing)
     command = launch_command(paged, cluster, ["run.toml", "rollout.sampler=vllm"])
+    assert "vllm.dtype=bfloat16" in shlex.split(command)
     (share,) = [word for word in shlex.split(command) if word.startswith("vllm.memory_fraction=")]
     taken = float(share.partition("=")[2]) * cluster.gpu.memory_bytes
     assert taken >= paged.memory.sampler_weights + paged.memory.kv_cache

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlef import megatron_policy
 from rlef.config import ParallelConfig
 from rlef.megatron_policy import MegatronNetwork, initialize, leave
-from rlef.plan_cluster import GPUS, Assumptions
+from rlef.plan_cluster import GPUS, Assumptions, Precision
 from rlef.plan_memory import (
     Layout,
     activation_elements,
@@ -29,7 +29,8 @@ from rlef.records import ModelShape
 from tests.distributed import run_ranks
 from tests.megatron_examples import SMOOTH, TIED, UNTIED, batches, random_weights
 
-LAYOUTS = [(1, 2), (2, 1), (1, 1)]  # tensor, pipeline; over two ranks, so the last one has two replicas
+# Tensor, pipeline, precision; over two ranks, so the last ones have two replicas.
+LAYOUTS: list[tuple[int, int, Precision]] = [(1, 2, "fp32"), (2, 1, "fp32"), (1, 1, "fp32"), (1, 1, "bf16")]
 
 
 def size_of(shape: ModelShape) -> ModelSize:
@@ -38,16 +39,25 @@ def size_of(shape: ModelShape) -> ModelSize:
 
 
 def held_by_networks() -> dict[Any, tuple[int, int, int, int]]:
-    """Per layout, shape and head: this rank's stage, and bytes of weights, gradients and moments."""
+    """Per layout, shape and head: this rank's stage, and bytes of weights, gradients and optimiser."""
     held = {}
-    for tensor, pipeline in LAYOUTS:
-        state = initialize(ParallelConfig(processes=2, tensor=tensor, pipeline=pipeline))
+    for tensor, pipeline, precision in LAYOUTS:
+        parallel = ParallelConfig(
+            processes=2,
+            tensor=tensor,
+            pipeline=pipeline,
+            dtype="bfloat16" if precision == "bf16" else "float32",
+        )
+        state = initialize(parallel)
         stage = state.rank if pipeline == 2 else 0
         for name, shape in (("untied", UNTIED), ("tied", TIED)):
             for head in ("logits", "value"):
-                network = MegatronNetwork(shape, random_weights(shape), head=head, optimizer=SMOOTH, lr=1.0)
+                weights = random_weights(shape)
+                network = MegatronNetwork(
+                    shape, weights, head=head, parallel=parallel, optimizer=SMOOTH, lr=1.0
+                )
                 network.update(batches(), pull)
-                held[tensor, pipeline, name, head] = (stage, *bytes_of(network))
+                held[tensor, pipeline, precision, name, head] = (stage, *bytes_of(network))
         megatron_policy.mpu.destroy_model_parallel()  # the processes stay joined for the next layout
     return held
 
@@ -58,13 +68,15 @@ def pull(outputs: Tensor, _index: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def bytes_of(network: MegatronNetwork) -> tuple[int, int, int]:
-    """Weights, gradient buffers and AdamW's moments that the network really holds after an update."""
+    """Weights, gradient buffers, and AdamW's moments and fp32 weights, really held after an update."""
+    training = network._training
+    assert training is not None
     held = {"weight": 0, "exp_avg": 0, "exp_avg_sq": 0}
     for piece in network.state_dict().pieces:
         held[piece.name.split("/")[0]] += nbytes(piece.data)
-    assert network._training is not None
-    buffers = [buffer.grad_data for buffer in network._training.model.buffers]
-    return held["weight"], sum(map(nbytes, buffers)), held["exp_avg"] + held["exp_avg_sq"]
+    weights = sum(map(nbytes, network._model.parameters()))
+    buffers = [buffer.grad_data for chunk in training.chunks for buffer in chunk.buffers]
+    return weights, sum(map(nbytes, buffers)), sum(held.values()) - weights
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -82,12 +94,12 @@ def test_a_plan_counts_the_bytes_that_a_megatron_network_holds(
 ) -> None:
     """Two ranks over gloo; weights, gradients and moments of policies and value networks after an update."""
     for rank in held:
-        for (tensor, pipeline, name, head), (stage, *measured) in rank.items():
+        for (tensor, pipeline, precision, name, head), (stage, *measured) in rank.items():
             size = size_of(UNTIED if name == "untied" else TIED)
             parameters = stage_parameters(size, head, stage=stage, stages=pipeline, tensor=tensor)
-            layout = Layout(tensor=tensor, pipeline=pipeline, training_gpus=2, precision="fp32")
+            layout = Layout(tensor=tensor, pipeline=pipeline, training_gpus=2, precision=precision)
             planned = trained_bytes(parameters, layout)
-            assert list(planned) == measured, (tensor, pipeline, name, head)
+            assert list(planned) == measured, (tensor, pipeline, precision, name, head)
 
 
 def test_activations_are_those_that_autograd_keeps() -> None:
@@ -129,6 +141,14 @@ def test_sixteen_bytes_a_parameter_in_fp32_and_eighteen_in_bf16() -> None:
     assert sum(trained_bytes(1, Layout(precision="bf16"))) == 2 + 4 + 4 + 8
 
 
+def test_the_embedded_sampler_takes_four_bytes_beside_networks_in_bf16() -> None:
+    """The one that takes whole contexts; another computes as the networks do."""
+    for precision, whole_cache, expected in [("bf16", True, 4), ("bf16", False, 2), ("fp32", False, 4)]:
+        layout = Layout(precision=precision, whole_cache=whole_cache)
+        _, cache = sampler_bytes(SIZE, layout, cache_tokens=1)
+        assert cache == SIZE.cache_elements() * expected
+
+
 def test_a_distributed_optimizer_shares_its_states_over_the_replicas() -> None:
     layout = Layout(tensor=2, training_gpus=8, distributed_optimizer=True)
     assert trained_bytes(100, layout) == (200, 400, 1200 / 4)
@@ -163,6 +183,14 @@ def test_the_first_stage_keeps_the_most_micro_batches_and_the_last_the_logits() 
     first, last = parts(Layout(pipeline=2))
     assert first["activations"] == 2 * last["activations"]
     assert (first["logits"], last["logits"]) == (0, 2 * 1000 * SIZE.vocab_size * 2)
+
+
+def test_an_interleaved_stage_keeps_more_chunks_in_flight() -> None:
+    """Of two stages by two chunks: five chunks on the first, three on the last, each half a stage."""
+    (first, last), (plain, _) = parts(Layout(pipeline=2, virtual_pipeline=2)), parts(Layout(pipeline=2))
+    assert first["activations"] / plain["activations"] == 5 / 2 / 2
+    assert last["activations"] / plain["activations"] == 3 / 2 / 2
+    assert first["weights"] == plain["weights"]
 
 
 def test_a_run_without_value_network_and_reference_has_no_memory_for_them() -> None:

@@ -156,6 +156,25 @@ def test_a_pipeline_waits_at_its_ends() -> None:
     assert staged == pytest.approx(flat, rel=0.05)
 
 
+def test_an_interleaved_pipeline_waits_half_as_long_in_two_chunks() -> None:
+    """Sixteen micro-batches and four stages: 16 + 3 / 2 against 16 + 3."""
+    tokens = WORK.episodes / WORK.updates * WORK.episode_tokens
+    work = replace(WORK, micro_batch_tokens=int(tokens / 15.5), has_value=False, has_reference=False)
+    plain = Layout(pipeline=4, training_gpus=4)
+    times = [
+        scoring_s(SIZE, NODE, replace(plain, virtual_pipeline=chunks), work, Assumptions())
+        for chunks in (1, 2)
+    ]
+    assert times[1] / times[0] == pytest.approx(17.5 / 19, rel=0.02)
+
+
+def test_an_interleaved_pipeline_pads_to_as_many_micro_batches_for_each_stage() -> None:
+    work = replace(WORK, micro_batch_tokens=10**6, has_value=False, has_reference=False)
+    plain = Layout(pipeline=4, training_gpus=4)
+    interleaved = scoring_s(SIZE, NODE, replace(plain, virtual_pipeline=4), work, Assumptions())
+    assert interleaved > scoring_s(SIZE, NODE, plain, work, Assumptions())
+
+
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_the_busiest_replica_never_has_less_than_its_share(sequences: int, replicas: int) -> None:
     assert busiest_share(sequences * replicas, replicas, Assumptions()) >= 1

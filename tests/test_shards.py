@@ -150,7 +150,16 @@ def test_tied_embeddings_are_held_by_first_and_last_stage() -> None:
             3,
             r"parallel\.pipeline is 3, which does not divide the model's 4 layers; use 1 or 2",
         ),
-        (ParallelConfig(tensor=2, pipeline=2), 6, r"parallel\.processes is 6, .* 2 x 2 = 4 does not divide"),
+        (
+            ParallelConfig(pipeline=2, virtual_pipeline=4),
+            2,
+            r"parallel\.virtual_pipeline is 4, which does not divide the 2 layers of a pipeline rank; use 1",
+        ),
+        (
+            ParallelConfig(tensor=2, pipeline=2),
+            6,
+            r"parallel\.processes is 6, .* 2 x 2 x 1 = 4 does not divide",
+        ),
     ],
 )
 def test_an_impossible_layout_names_the_setting_and_what_would_do(

@@ -173,6 +173,17 @@ def test_requests_that_come_while_others_decode_get_the_same_responses(model: Ll
     assert [finished[request.stream].token_ids for request in requests()] == [r.token_ids for r in together]
 
 
+def test_weights_in_bf16_sample_as_the_same_numbers_in_float32(model: LlamaModel) -> None:
+    """What a policy in bf16 publishes."""
+    rounded = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    responses = []
+    for weights in (rounded, {name: tensor.float() for name, tensor in rounded.items()}):
+        made = TorchSampler(SHAPE, end_token_id=END, slots=8)
+        made.push(weights.items(), version=1)
+        responses.append(made.generate(requests(), params()))
+    assert responses[0] == responses[1]
+
+
 def test_weights_pushed_midway_serve_from_the_next_token_on(model: LlamaModel) -> None:
     other = LlamaModel(SHAPE)
     initialise(other, seed=1)

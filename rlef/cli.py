@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 
 import click
 
-from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
+from rlef.config import (
+    Config,
+    ConfigError,
+    check_context,
+    describe_arithmetic,
+    load_config,
+    of_learners,
+)
 from rlef.files import write_text
 from rlef.launch import TOLD, launched_by_torchrun, run_processes
 from rlef_sandbox import Executor, SandboxFault
@@ -134,7 +141,7 @@ def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, 
     """Write a run's policy as a Hugging Face folder."""
     from rlef.run_folder import RunFolder, read_run_config
 
-    config = read_run_config(run_folder)
+    config = of_learners(read_run_config(run_folder))
     _require_empty(output)
     folder = RunFolder(path=run_folder, checkpoint=checkpoint)
     status = run_processes(
@@ -270,7 +277,7 @@ def check_inputs(config: Config) -> None:
     folder = model_folder(config.model.path)
     shape = read_shape(folder)
     check_weights(StoredWeights(folder), shape)
-    check_layout(shape, config.parallel, config.parallel.processes)
+    check_layout(shape, config.parallel, config.parallel.learners)
     check_context(config, shape.max_position_embeddings)
     check_sampler(config, shape)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
@@ -313,7 +320,7 @@ def _with_status(action: Callable[[], int]) -> int:
     except (ConfigError, CheckpointError) as error:
         return _refuse(error)
     except RunFault as fault:
-        if not fault.is_shared or os.environ.get("RANK", "0") == "0":
+        if not (fault.is_told or (fault.is_shared and os.environ.get("RANK", "0") != "0")):
             click.echo(f"rlef: error: {described(fault)}", err=True)
         return TOLD if fault.is_own else 1
 

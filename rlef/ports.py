@@ -132,6 +132,8 @@ class ParallelState:
     data_parallel_size: int
     data_parallel_group: ProcessGroup | None  # None when there is one process
     tensor_parallel_group: ProcessGroup | None  # None when the vocabulary is not split
+    tensor_parallel_rank: int
+    pipeline_rank: int  # the stage that this process holds
     device: torch.device  # where the networks live, and so every tensor of a collective
 
 
@@ -151,6 +153,11 @@ class Network(Protocol):
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         """The whole weights under Hugging Face names, on every rank (collective)."""
+        ...
+
+    def stage_weights(self) -> Iterable[Tensor]:
+        """The whole weights of this pipeline stage, in `weights.stage_buckets`, flat (collective over its
+        tensor parallel ranks)."""
         ...
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ _FREE_TO_CHANGE = {
     "run.name",
     "run.max_skipped_updates",
     "parallel.timeout_s",
+    "parallel.silence_s",
     "rollout.slots",
     "rollout.timeout_s",
     "ppo.micro_batch_tokens",

@@ -3,7 +3,7 @@ against."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from rlef.config import OptimizerConfig
 from rlef.losses import token_logprobs
 from rlef.ports import LossFunction, UpdateStats, combine_statistics
 from rlef.records import Batch
+from rlef.shards import Head
 from rlef.torch_model import LlamaModel
+from rlef.weights import stage_buckets
 
 
 class TorchNetwork:
@@ -68,6 +70,12 @@ class TorchNetwork:
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         return [(name, tensor.detach()) for name, tensor in self._model.state_dict().items()]
+
+    def stage_weights(self) -> Iterator[Tensor]:
+        named = dict(self.named_weights())
+        head: Head = "value" if self._model.head == "value" else "logits"
+        for bucket in stage_buckets(self._model.shape, head, stage=0, stages=1):
+            yield torch.cat([named[name].flatten() for weight in bucket for name in weight.names])
 
     def state_dict(self) -> Mapping[str, Any]:
         state: dict[str, Any] = {"model": self._model.state_dict(), "updates": self._updates}

@@ -43,6 +43,8 @@ class Job:
 
 
 _joined: Job | None = None
+_met: tuple[Store, int, int] | None = None  # kept, since rank 0 keeps the others' store
+_times_joined = 0
 
 
 def join(parallel: ParallelConfig) -> Job:
@@ -50,9 +52,10 @@ def join(parallel: ParallelConfig) -> Job:
 
     Afterwards torch.distributed's default group is that of the learners, or of this sampler alone.
     """
-    global _joined  # noqa: PLW0603  as torch.distributed keeps its groups
+    global _joined, _times_joined  # noqa: PLW0603  as torch.distributed keeps its groups
     if _joined is not None:
         return _joined
+    _times_joined += 1
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -61,11 +64,7 @@ def join(parallel: ParallelConfig) -> Job:
     # Megatron asks for it: the all-reduce of an input's gradient is to start before the next kernel.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     timeout = timedelta(seconds=parallel.timeout_s)
-    if "RANK" in os.environ:
-        store, rank, processes = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
-        store.set_timeout(timeout)
-    else:
-        store, rank, processes = dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    store, rank, processes = _meet(timeout)
     job = Job(
         rank=rank,
         processes=processes,
@@ -82,6 +81,18 @@ def join(parallel: ParallelConfig) -> Job:
     )
     _joined = job
     return job
+
+
+def _meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """The store of this job alone, this process's rank, and the number of processes."""
+    global _met  # noqa: PLW0603
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1  # type: ignore[attr-defined]
+    if _met is None:
+        _met = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
+    store, rank, processes = _met
+    store.set_timeout(timeout)
+    return within(store, f"job {_times_joined}"), rank, processes
 
 
 def joined() -> Job | None:

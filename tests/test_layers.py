@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
     frozenset({"config", "files", "records"}),
-    frozenset({"ports"}),
+    frozenset({"job", "ports", "stopping"}),
     frozenset(
         {
             "advantages",
@@ -30,11 +30,14 @@ FLOORS: tuple[frozenset[str], ...] = (
             "solve_rate",
         }
     ),
-    frozenset({"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder"}),
+    frozenset(
+        {"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder", "words"}
+    ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model"}),
     frozenset({"weights"}),
     frozenset(
         {
+            "bridge",
             "learner",
             "megatron_policy",
             "plan_time",
@@ -47,6 +50,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"doctor", "evaluate", "plan", "pretrain", "samplers", "streaming"}),
     frozenset({"asynchronous", "plan_report", "standalone"}),
+    frozenset({"sampling"}),
     frozenset({"train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

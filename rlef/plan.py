@@ -44,7 +44,7 @@ TRAINER = Abilities(
     distributed_optimizer=True,
     sequence_parallel=True,
     recompute=True,
-    disaggregated=False,
+    disaggregated=True,
     paged_sampler=False,
     split_sampler=False,
 )
@@ -266,8 +266,13 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
         f"parallel.recompute={'full' if layout.recompute else 'none'}",
         f"parallel.distributed_optimizer={str(layout.distributed_optimizer).lower()}",
     ]
+    if not layout.colocated:
+        overrides.append(f"parallel.sampling_processes={layout.sampling_gpus}")
+        if not any(argument.startswith("rollout.max_staleness=") for argument in arguments):
+            overrides.append("rollout.max_staleness=1")  # its time is that of both at once
     if not layout.whole_cache:
-        share = (memory.sampler_weights + memory.kv_cache) / cluster.gpu.memory_bytes
+        sampler = memory.sampler_weights + memory.kv_cache if layout.colocated else candidate.sampler_memory
+        share = sampler / cluster.gpu.memory_bytes
         overrides.append(f"vllm.memory_fraction={math.ceil(100 * share) / 100}")
     return " ".join([*words, "-m", "rlef", "train", *(shlex.quote(word) for word in overrides)])
 

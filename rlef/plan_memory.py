@@ -25,7 +25,7 @@ class Layout:
     training_gpus: int = 1
     sampling_gpus: int = 1
     sampler_tensor: int = 1
-    whole_cache: bool = False  # room for each slot's whole context, as the embedded sampler takes it
+    whole_cache: bool = False  # room for the longest dialog in each slot, as the embedded sampler takes it
     colocated: bool = True
     precision: Precision = "bf16"
     distributed_optimizer: bool = False

@@ -155,6 +155,7 @@ def _cut(text: str, max_characters: int) -> str:
 
 
 _MARKERS = ("user", "assistant", "end")
+_FIRST = "first"
 
 
 def _read_markers(file: Path) -> dict[str, str]:
@@ -162,28 +163,44 @@ def _read_markers(file: Path) -> dict[str, str]:
         markers = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"model.path: {file} is not JSON ({error})") from None
-    if not isinstance(markers, dict) or set(markers) != set(_MARKERS):
+    if not isinstance(markers, dict) or set(markers) - {_FIRST} != set(_MARKERS):
         raise ConfigError(
-            f"model.path: {file} must name one token each for {', '.join(_MARKERS)}, and nothing else"
+            f"model.path: {file} must name a marker each for {', '.join(_MARKERS)}, and nothing else but "
+            f"{_FIRST}"
         )
     return markers
 
 
 class Dialog:
-    """A tokenizer with its role markers: builds the token ids of a dialog, piece by piece."""
+    """A tokenizer with its role markers: builds the token ids of a dialog, piece by piece.
+
+    `user` stands before a message of the user, `assistant` between it and the response, and the token `end`
+    ends the response. `first` takes the place of `user` at the start, where a system message may belong. Each
+    but `end` is a token, or a text with special tokens in it.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: RolloutConfig, *, user: str, assistant: str, end: str
+        self,
+        tokenizer: Tokenizer,
+        settings: RolloutConfig,
+        *,
+        user: str,
+        assistant: str,
+        end: str,
+        first: str | None = None,
     ) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        tokenizer.encode_special_tokens = False
+        self._user_ids = self._marker(user)
+        self._first_ids = self._user_ids if first is None else self._marker(first)
+        self._assistant_ids = self._marker(assistant)
+        self.end_token_id = self._token(end)
         tokenizer.encode_special_tokens = (
             True  # a statement or an output that spells a role marker stays text
         )
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._user_id = self._marker(user)
-        self._assistant_id = self._marker(assistant)
-        self.end_token_id = self._marker(end)
         self._cut_ids = self._encode(CUT_MARK)
+        self._check_room()
 
     @classmethod
     def read(cls, folder: Path, settings: RolloutConfig) -> Dialog:
@@ -216,23 +233,30 @@ class Dialog:
 
     def prompt(self, statement: str) -> list[int]:
         """Token ids of the first message, cut on the left to `max_prompt_tokens`."""
-        return [
-            self._user_id,
-            *self._encode(prompt_text(statement))[-self._room_for_prompt :],
-            self._assistant_id,
-        ]
+        room = self._room(self._first_ids, self._settings.max_prompt_tokens)
+        return [*self._first_ids, *self._encode(prompt_text(statement))[-room:], *self._assistant_ids]
 
     def feedback(self, text: str) -> list[int]:
         """Token ids of a feedback message, cut on the right, and marked, to `max_feedback_tokens`."""
         ids = self._encode(text)
-        room = self._settings.max_feedback_tokens - 2
+        room = self._room(self._user_ids, self._settings.max_feedback_tokens)
         if len(ids) > room:
             ids = ids[: room - len(self._cut_ids)] + self._cut_ids
-        return [self._user_id, *ids, self._assistant_id]
+        return [*self._user_ids, *ids, *self._assistant_ids]
 
     def close(self, response_ids: Sequence[int]) -> list[int]:
         """What must be appended so that the response ends with the end-of-turn token."""
         return [] if response_ids and response_ids[-1] == self.end_token_id else [self.end_token_id]
+
+    def told(self, observed: Sequence[int]) -> str:
+        """Text of the message in what stands before a response, without the markers around it.
+
+        `observed` begins as the dialog does, or where the response before it ended, be it whole or cut off.
+        """
+        ids = list(observed)
+        beginnings = (self._first_ids, self._user_ids, [self.end_token_id, *self._user_ids])
+        opening = max(len(marker) for marker in beginnings if ids[: len(marker)] == marker)
+        return self.decode(ids[opening : len(ids) - len(self._assistant_ids)])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, without the end-of-turn token."""
@@ -245,15 +269,35 @@ class Dialog:
         """Token ids of a whole response that ends its turn (for supervised dialogs)."""
         return [*self._encode(text), self.end_token_id]
 
-    @property
-    def _room_for_prompt(self) -> int:
-        return self._settings.max_prompt_tokens - 2
+    def _room(self, opening: Sequence[int], max_tokens: int) -> int:
+        """Tokens that are left for a message between its markers."""
+        return max_tokens - len(opening) - len(self._assistant_ids)
+
+    def _check_room(self) -> None:
+        for name, opening in {
+            "max_prompt_tokens": self._first_ids,
+            "max_feedback_tokens": self._user_ids,
+        }.items():
+            tokens, least = getattr(self._settings, name), len(self._cut_ids) + 1
+            if (room := self._room(opening, tokens)) < least:
+                raise ConfigError(
+                    f"rollout.{name} = {tokens} leaves no room between the model's role markers, which take "
+                    f"{tokens - room} tokens; use at least {tokens - room + least}"
+                )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _marker(self, token: str) -> int:
+    def _marker(self, marker: str) -> list[int]:
+        """A token, or a text with special tokens, without which a message could spell it."""
+        if (token_id := self._tokenizer.token_to_id(marker)) is not None:
+            return [int(token_id)]
+        special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        ids = self._encode(marker)
+        return ids if special.intersection(ids) else [self._token(marker)]
+
+    def _token(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
             raise ConfigError(f"dialog.json: the tokenizer has no token {token!r}; name one that it has")

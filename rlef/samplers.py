@@ -70,4 +70,10 @@ def build_sampler(
             dialogs=-(-config.rollout.episodes_per_step // config.parallel.samplers),
             settings=config.vllm,
         )
-    return TorchSampler(shape, end_token_id=end_token_id, slots=config.rollout.slots, device=device)
+    return TorchSampler(
+        shape,
+        end_token_id=end_token_id,
+        slots=config.rollout.slots,
+        context=longest_dialog(config),
+        device=device,
+    )

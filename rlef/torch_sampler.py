@@ -25,6 +25,10 @@ _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _CACHE_GRANULE = 32  # attended lengths are rounded up to it
 
 
+def _in_granules(length: int) -> int:
+    return -(-length // _CACHE_GRANULE) * _CACHE_GRANULE
+
+
 def uniforms(seed: int, streams: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
     """One number in [0, 1) for each (seed, stream, position): a hash, so it needs no state. All `[rows]`."""
     mixed = _splitmix64(np.uint64(seed) + np.zeros_like(streams))
@@ -92,24 +96,35 @@ class _LayerWeights:
 
 
 class TorchSampler:
-    """`ports.StreamingSampler` for a model of any size that fits in this process's memory."""
+    """`ports.StreamingSampler` for a model of any size that fits in this process's memory.
+
+    No dialog grows beyond `context` tokens: the model's own bound, if left out. The cache has `slots` rows of
+    so many.
+    """
 
     def __init__(
-        self, shape: ModelShape, *, end_token_id: int, slots: int, device: torch.device | None = None
+        self,
+        shape: ModelShape,
+        *,
+        end_token_id: int,
+        slots: int,
+        context: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._device = device or torch.device("cpu")
         self._shape = shape
         self._end_token_id = end_token_id
         self._slots = slots
+        self._context = context or shape.max_position_embeddings
         self._version = -1
         self._waiting: deque[_Row] = deque()
         self._active: list[_Row] = []
         self._streams: set[int] = set()  # of what waits or is active
         self._params: SamplingParams | None = None  # of what is under way
-        cache_shape = (slots, shape.num_key_value_heads, shape.max_position_embeddings, shape.head_dim)
+        cache_shape = (slots, shape.num_key_value_heads, _in_granules(self._context), shape.head_dim)
         self._keys = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
         self._values = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
-        cosine, sine = rotary_tables(shape, shape.max_position_embeddings)
+        cosine, sine = rotary_tables(shape, self._context)
         self._cosine, self._sine = cosine.to(self._device), sine.to(self._device)
         self._places: dict[str, Tensor] = {}  # by Hugging Face name, where each weight is kept
         hidden = (shape.hidden_size,)
@@ -237,7 +252,7 @@ class TorchSampler:
         self._keys, self._values = [], []
 
     def _check(self, request: Request) -> None:
-        context = self._shape.max_position_embeddings
+        context = self._context
         if not 0 < len(request.token_ids) < context:
             raise ValueError(
                 f"a prompt of {len(request.token_ids)} tokens does not fit the context of {context} tokens "
@@ -260,8 +275,7 @@ class TorchSampler:
         """One more token for every active row; logits `[rows, vocab]`."""
         token_ids = torch.tensor([[row.token_ids[-1]] for row in rows])
         positions = torch.tensor([[len(row.request.token_ids) + len(row.token_ids) - 1] for row in rows])
-        attended = -(-(int(positions.max()) + 1) // _CACHE_GRANULE) * _CACHE_GRANULE
-        attended = min(attended, self._shape.max_position_embeddings)
+        attended = _in_granules(int(positions.max()) + 1)
         hidden = self._forward(token_ids.to(self._device), positions.to(self._device), 0, attended)
         return self._logits(hidden[:, 0])
 
@@ -344,7 +358,7 @@ class TorchSampler:
                 row.finish_reason = "stop"
             elif (
                 row.request.num_sampled + len(row.token_ids) == params.max_tokens
-                or position + 1 == self._shape.max_position_embeddings
+                or position + 1 == self._context
             ):
                 row.finish_reason = "length"
 

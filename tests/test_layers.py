@@ -19,6 +19,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "advantages",
+            "byte_level_bpe",
+            "chat_template",
             "families",
             "faults",
             "losses",
@@ -48,7 +50,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "vllm_sampler",
         }
     ),
-    frozenset({"doctor", "evaluate", "plan", "pretrain", "samplers", "streaming"}),
+    frozenset({"doctor", "evaluate", "gguf_import", "plan", "pretrain", "samplers", "streaming"}),
     frozenset({"asynchronous", "plan_report", "standalone"}),
     frozenset({"sampling"}),
     frozenset({"train"}),
@@ -61,6 +63,7 @@ DOORS = {
     "megatron": {"megatron_policy", "megatron_cpu", "weights"},
     "vllm": {"vllm_sampler"},
     "flash_attn": {"attention"},
+    "gguf": {"gguf_import"},
     "transformers": set(),
     "triton": {path.stem for path in (ROOT / "kernels" / "rlef_kernels").glob("_*_triton.py")},
 }

@@ -225,8 +225,8 @@ def test_nothing_that_fits_is_said_with_what_would_help() -> None:
 
 
 def test_a_model_too_large_for_what_runs_today_is_told_what_its_best_layout_needs() -> None:
-    """Eight billion parameters: loadable, but whole in fp32 beside the cache."""
-    result = rlef("--model", "llama-3.1-8b", "--gpu", "H100", "--nodes", "2")
+    """Seventy billion parameters: loadable, but not whole in fp32 for the sampler."""
+    result = rlef("--model", "llama-3.1-70b", "--gpu", "H100", "--nodes", "8")
     assert "No layout that the trainer can run today fits. The best needs: bf16" in result.stdout
     assert "torchrun" not in result.stdout
 

@@ -161,6 +161,58 @@ def test_a_role_marker_that_the_tokenizer_lacks_is_named() -> None:
         Dialog(tokenizer, RolloutConfig(), user="<user>", assistant="<|assistant|>", end="<|end|>")
 
 
+def dialog_with(*, settings: RolloutConfig | None = None, **markers: str) -> Dialog:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_folder("embedded") / "tokenizer.json"))
+    named = {"user": "<|user|>", "assistant": "<|assistant|>", "end": "<|end|>"}
+    return Dialog(tokenizer, settings or RolloutConfig(), **named | markers)
+
+
+def test_a_marker_may_be_a_text_with_special_tokens_and_the_first_one_another() -> None:
+    shown = dialog_with(
+        first="Be brief.<|end|><|user|>", user="\n<|user|>\n", assistant="<|end|>\n<|assistant|>"
+    )
+    request = prompts.prompt_text("x")
+    assert shown.decode(shown.prompt("x")) == f"Be brief.<|user|>{request}\n<|assistant|>"
+    assert shown.prompt("x").count(shown.end_token_id) == 2
+    assert shown.decode(shown.feedback("No.")) == "\n<|user|>\nNo.\n<|assistant|>"
+
+
+def test_a_marker_that_a_statement_could_spell_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dialog.json: the tokenizer has no token 'User: '"):
+        dialog_with(user="User: ")
+
+
+def test_the_end_of_a_response_is_one_token() -> None:
+    with pytest.raises(ConfigError, match=r"dialog.json: the tokenizer has no token '<\|end\|>\\n'"):
+        dialog_with(end="<|end|>\n")
+
+
+@given(st.text(), st.sampled_from([None, "<|user|>Be brief.<|end|><|user|>"]), st.booleans())
+def test_what_was_told_is_found_between_its_markers(text: str, first: str | None, is_cut_off: bool) -> None:
+    shown = dialog_with(user="\n<|user|>", **({} if first is None else {"first": first}))
+    assert shown.told(shown.prompt(text)) == prompts.prompt_text(text)
+    closing = shown.close([5]) if is_cut_off else []
+    assert shown.told([*closing, *shown.feedback(text)]) == text
+
+
+def test_markers_that_leave_no_room_for_a_message_are_refused_with_what_would_do() -> None:
+    def shown(**tokens: int) -> Dialog:
+        markers = {"first": "zq" * 10 + "<|user|>", "user": "zq" * 9 + "<|user|>"}  # 21 tokens, and 19
+        return dialog_with(settings=RolloutConfig(**tokens), **markers)
+
+    with pytest.raises(
+        ConfigError,
+        match=r"rollout\.max_prompt_tokens = 23 leaves no room .*, which take 22 tokens; use at least 24$",
+    ):
+        shown(max_prompt_tokens=23)
+    with pytest.raises(ConfigError, match=r"rollout\.max_feedback_tokens = 21 leaves no room .* 20 tokens"):
+        shown(max_feedback_tokens=21)
+    fitting = shown(max_prompt_tokens=24, max_feedback_tokens=22)
+    assert (len(fitting.prompt("z" * 50)), len(fitting.feedback("z" * 50))) == (24, 22)
+
+
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused() -> None:
     shown = dialog()
     shown.check_vocabulary(512)
@@ -174,8 +226,11 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused() -> None:
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ('{"user": "<|user|>"}', "must name one token each for user, assistant, end, and nothing else"),
-        ('["user"]', "must name one token each for user, assistant, end, and nothing else"),
+        (
+            '{"user": "<|user|>"}',
+            "must name a marker each for user, assistant, end, and nothing else but first",
+        ),
+        ('["user"]', "must name a marker each for user, assistant, end, and nothing else but first"),
     ],
 )
 def test_a_bad_dialog_file_is_reported_with_its_name(tmp_path: Path, text: str, message: str) -> None:

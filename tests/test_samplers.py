@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rlef.cli import main
-from rlef.config import Config, ConfigError, load_config
+from rlef.config import Config, ConfigError, load_config, longest_dialog
 from rlef.pretrain import SHAPE
 from rlef.samplers import build_sampler, check_sampler
 from rlef.torch_sampler import TorchSampler
@@ -33,6 +33,16 @@ def rlef(*arguments: str) -> Result:
 def test_the_embedded_sampler_is_what_a_run_gets_unless_it_asks_for_another() -> None:
     sampler = build_sampler(Config(), ROOT / "rlef" / "data" / "model", SHAPE, end_token_id=3)
     assert isinstance(sampler, TorchSampler)
+
+
+def test_the_embedded_samplers_cache_holds_the_longest_dialog_of_the_settings_and_no_more(
+    tmp_path: Path,
+) -> None:
+    config = load_config(run_file(tmp_path))
+    sampler = build_sampler(config, ROOT / "rlef" / "data" / "model", SHAPE, end_token_id=3)
+    assert isinstance(sampler, TorchSampler)
+    assert longest_dialog(config) == 257
+    assert {cache.shape[2] for cache in (*sampler._keys, *sampler._values)} == {288}  # in steps of 32
 
 
 @without_vllm

@@ -40,8 +40,8 @@ def model() -> LlamaModel:
     return model
 
 
-def sampler(model: LlamaModel, *, slots: int = 8) -> TorchSampler:
-    made = TorchSampler(SHAPE, end_token_id=END, slots=slots)
+def sampler(model: LlamaModel, *, slots: int = 8, context: int | None = None) -> TorchSampler:
+    made = TorchSampler(SHAPE, end_token_id=END, slots=slots, context=context)
     made.push(model.state_dict().items(), version=7)
     return made
 
@@ -124,6 +124,21 @@ def test_a_response_ends_where_the_context_does(model: LlamaModel) -> None:
 
     (response,) = sampler(model).generate([Request(stream=3, token_ids=[5] * 60)], params(max_tokens=50))
     assert last(response) == (64, "length") or response.token_ids[-1] == END
+
+
+@pytest.mark.parametrize("context", [29, 32, 33])
+def test_a_smaller_context_changes_no_response_that_fits_it(model: LlamaModel, context: int) -> None:
+    """17 tokens are the longest prompt, and 12 the longest response."""
+    bounded = sampler(model, context=context).generate(requests(), params())
+    assert bounded == sampler(model).generate(requests(), params())
+
+
+def test_a_smaller_context_ends_a_response_and_refuses_a_prompt(model: LlamaModel) -> None:
+    bounded, whole = sampler(model, context=20), sampler(model)
+    (cut,), (full,) = (each.generate(requests()[2:3], params()) for each in (bounded, whole))
+    assert (cut.token_ids, cut.finish_reason) == (full.token_ids[:3], "length")
+    with pytest.raises(ValueError, match="a prompt of 20 tokens does not fit the context of 20 tokens"):
+        bounded.generate([Request(stream=0, token_ids=[1] * 20)], params())
 
 
 def test_pushed_weights_are_used_and_their_version_is_told(model: LlamaModel) -> None:

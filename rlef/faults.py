@@ -276,7 +276,7 @@ def _setting(config: Config, name: str) -> object:
 
 
 def _is_one_of_several() -> bool:
-    return joined() is not None and dist.is_initialized() and dist.get_world_size() > 1
+    return joined() is not None and dist.get_world_size() > 1
 
 
 def _store() -> Store:

@@ -53,7 +53,7 @@ def join(parallel: ParallelConfig) -> Job:
     Afterwards torch.distributed's default group is that of the learners, or of this sampler alone.
     """
     global _joined, _times_joined  # noqa: PLW0603  as torch.distributed keeps its groups
-    if _joined is not None:
+    if _joined is not None and dist.is_initialized():
         return _joined
     _times_joined += 1
     cuda = torch.cuda.is_available()
@@ -96,7 +96,7 @@ def _meet(timeout: timedelta) -> tuple[Store, int, int]:
 
 
 def joined() -> Job | None:
-    return _joined
+    return _joined if dist.is_initialized() else None
 
 
 def leave() -> None:

@@ -265,11 +265,10 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
         f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}",
         f"parallel.recompute={'full' if layout.recompute else 'none'}",
         f"parallel.distributed_optimizer={str(layout.distributed_optimizer).lower()}",
+        f"parallel.sampling_processes={0 if layout.colocated else layout.sampling_gpus}",
     ]
-    if not layout.colocated:
-        overrides.append(f"parallel.sampling_processes={layout.sampling_gpus}")
-        if not any(argument.startswith("rollout.max_staleness=") for argument in arguments):
-            overrides.append("rollout.max_staleness=1")  # its time is that of both at once
+    if not layout.colocated and not any(each.startswith("rollout.max_staleness=") for each in arguments):
+        overrides.append("rollout.max_staleness=1")  # its time is that of both at once
     if not layout.whole_cache:
         sampler = memory.sampler_weights + memory.kv_cache if layout.colocated else candidate.sampler_memory
         share = sampler / cluster.gpu.memory_bytes

@@ -255,7 +255,9 @@ def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
     layout = candidate.layout
     words = shlex.split(launch_command(candidate, Cluster(gpu=GPUS["H100"], nodes=1), [str(TINY)]))
     overrides = [word for word in words if word.startswith("parallel.")]
-    found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus}"]).parallel
+    sampling = 0 if layout.colocated else layout.sampling_gpus
+    found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus + sampling}"]).parallel
+    assert found.sampling_processes == sampling
     assert (found.tensor, found.pipeline) == (layout.tensor, layout.pipeline)
     assert found.sequence_parallel == layout.sequence_parallel
     assert found.distributed_optimizer == layout.distributed_optimizer
@@ -274,7 +276,7 @@ def test_torchrun_accepts_the_command_of_the_plan(tmp_path: Path) -> None:
         [torchrun, *command[1:], "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
-    assert finished.stdout.count("data-parallel replicas: 2") == 2
+    assert finished.stdout.count("processes that sample: 1") == 2
 
 
 def test_the_json_has_what_the_tables_have() -> None:

@@ -89,9 +89,13 @@ rlef::Judge judge_of(const py::handle& judge) {
                           "executor, Checker(...)");
 }
 
+std::chrono::nanoseconds nanoseconds_of(double seconds) {
+    return std::chrono::nanoseconds(static_cast<std::int64_t>(seconds * 1e9));
+}
+
 rlef::Limits limits_of(const py::handle& limits) {
     const auto nanoseconds = [&limits](const char* name) {
-        return static_cast<std::int64_t>(limits.attr(name).cast<double>() * 1e9);
+        return std::int64_t{nanoseconds_of(limits.attr(name).cast<double>()).count()};
     };
     const auto whole = [&limits](const char* name) { return limits.attr(name).cast<std::int64_t>(); };
     return {nanoseconds("cpu_s"),  nanoseconds("wall_limit_s"), whole("memory_bytes"), whole("processes"),
@@ -371,16 +375,18 @@ PYBIND11_MODULE(_core, module) {
     py::class_<rlef::Supervisor>(module, "Supervisor")
         .def(py::init([](std::vector<std::string> for_python, std::vector<std::string> for_commands,
                          const std::vector<std::string>& environment, unsigned workers,
-                         std::uint32_t allowed_missing, const std::string& memory_cgroup) {
+                         std::uint32_t allowed_missing, const std::string& memory_cgroup,
+                         double report_patience_s) {
                  rlef::WorkerCommand python{std::move(for_python), environment};
                  rlef::WorkerCommand commands{std::move(for_commands), environment};
                  return or_fault([&] {
                      return std::make_unique<rlef::Supervisor>(std::move(python), std::move(commands),
-                                                               workers, allowed_missing, memory_cgroup);
+                                                               workers, allowed_missing, memory_cgroup,
+                                                               nanoseconds_of(report_patience_s));
                  });
              }),
              py::arg("for_python"), py::arg("for_commands"), py::arg("environment"), py::arg("workers"),
-             py::arg("allowed_missing"), py::arg("memory_cgroup"))
+             py::arg("allowed_missing"), py::arg("memory_cgroup"), py::arg("report_patience_s") = 60.0)
         .def("wait_until_ready",
              [](rlef::Supervisor& supervisor) {
                  wait_interruptibly([&](auto patience) { return supervisor.wait_until_ready(patience); });
@@ -396,5 +402,12 @@ PYBIND11_MODULE(_core, module) {
         .def("layers", layers)
         .def("worker_pids", &rlef::Supervisor::worker_pids)
         .def("restarts", &rlef::Supervisor::restarts)
+        .def("take_tally",
+             [](rlef::Supervisor& supervisor) {
+                 const auto tally = supervisor.take_tally();
+                 return py::make_tuple(tally.programs, tally.restarts, tally.retries,
+                                       std::chrono::duration<double>(tally.longest).count(),
+                                       std::chrono::duration<double>(tally.alone).count());
+             })
         .def("close", &rlef::Supervisor::close, py::call_guard<py::gil_scoped_release>());
 }

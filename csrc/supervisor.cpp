@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <system_error>
+#include <utility>
 
 #include "memory_file.hpp"
 #include "must.hpp"
@@ -30,7 +31,6 @@ constexpr std::size_t kTestsAhead = 2;  // one runs while the next already waits
 constexpr std::size_t kFewTests = 2;    // compile the program in each: cheaper than one more process
 constexpr std::int64_t kMostFileBytes = std::int64_t{1} << 58;  // that can be added up
 constexpr auto kStartPatience = 60s;
-constexpr auto kReportPatience = 60s;  // on top of the wall limit: compiling, and a machine under load
 constexpr auto kNoMemoryForUs = "the kernel ended it for memory that its own cgroup had left";
 
 /// posix_spawn's two records.
@@ -96,6 +96,7 @@ struct WorkerSlot {
     std::size_t job_index = 0;
     std::shared_ptr<Check> check;
     unsigned attempts = 0;
+    std::chrono::steady_clock::time_point begun;
     std::size_t next_to_send = 0;
     std::size_t next_to_report = 0;
     std::deque<Streams> streams;  // of the tests sent and not reported
@@ -107,11 +108,13 @@ struct WorkerSlot {
 };
 
 Supervisor::Supervisor(WorkerCommand for_python, WorkerCommand for_commands, unsigned workers,
-                       std::uint32_t allowed_missing, const std::string& memory_cgroup)
+                       std::uint32_t allowed_missing, const std::string& memory_cgroup,
+                       std::chrono::nanoseconds report_patience)
     : for_python_(std::move(for_python)),
       for_commands_(std::move(for_commands)),
       workers_(workers),
       allowed_missing_(allowed_missing),
+      report_patience_(report_patience),
       owner_(::getpid()),
       wake_up_(::eventfd(0, EFD_CLOEXEC)) {
     must(static_cast<bool>(wake_up_), "eventfd");
@@ -163,6 +166,11 @@ std::vector<pid_t> Supervisor::worker_pids() {
 std::uint64_t Supervisor::restarts() {
     const Lock lock(mutex_);
     return restarts_;
+}
+
+Tally Supervisor::take_tally() {
+    const Lock lock(mutex_);
+    return std::exchange(tally_, {});
 }
 
 void Supervisor::submit(const std::shared_ptr<Batch>& batch) {
@@ -263,6 +271,7 @@ void Supervisor::supervise() {
         while (!closing_) {
             start_absent_workers();
             assign_jobs();
+            note_who_is_alone();
             lock.unlock();
             wait_for_events();
             lock.lock();
@@ -390,6 +399,7 @@ void Supervisor::give(WorkerSlot& slot, QueuedJob job) {
     slot.check = std::move(job.check);
     slot.job_index = job.index;
     slot.attempts = job.attempts + 1;
+    slot.begun = job.begun == Clock::time_point{} ? Clock::now() : job.begun;
     slot.next_to_send = slot.next_to_report = job.first_test;
     slot.state = WorkerSlot::State::Busy;
     try {
@@ -428,7 +438,7 @@ void Supervisor::send_tests(WorkerSlot& slot) {
         slot.streams.push_back(std::move(streams));
         ++slot.next_to_send;
     }
-    slot.deadline = Clock::now() + std::chrono::nanoseconds(job.limits.wall_ns) + kReportPatience;
+    slot.deadline = Clock::now() + std::chrono::nanoseconds(job.limits.wall_ns) + report_patience_;
 }
 
 /// One at a time: to find out that there is no other would take a system call more.
@@ -532,9 +542,11 @@ void Supervisor::finish_job(WorkerSlot& slot) {
     if (slot.check) {
         finish_check(slot);
     } else if (auto check = check_of(slot.job(), slot.outcomes())) {
-        queue_.push_front({slot.batch, slot.job_index, 0, 0, std::move(check)});
+        queue_.push_front({slot.batch, slot.job_index, 0, 0, std::move(check), slot.begun});
         return make_idle(slot);
     }
+    ++tally_.programs;
+    tally_.longest = std::max<std::chrono::nanoseconds>(tally_.longest, Clock::now() - slot.begun);
     auto& batch = *slot.batch;
     --batch.remaining;
     batch.finished.push_back(slot.job_index);
@@ -579,11 +591,14 @@ void Supervisor::handle_death(WorkerSlot& slot, const std::string& why) {
         if (slot.attempts >= kMostAttempts) {
             fail_batch(*slot.batch, fault + " (" + std::to_string(slot.attempts) + " attempts)");
         } else {
-            queue_.push_front({slot.batch, slot.job_index, slot.attempts, slot.next_to_report, slot.check});
+            queue_.push_front(
+                {slot.batch, slot.job_index, slot.attempts, slot.next_to_report, slot.check, slot.begun});
+            ++tally_.retries;
         }
     }
     stop(slot);
     ++restarts_;
+    ++tally_.restarts;
     if (starting) handle_failed_start(slot, fault);
 }
 
@@ -595,13 +610,14 @@ void Supervisor::handle_death_at_memory_limit(WorkerSlot& slot) {
     note_end_at_memory_limit(outcome);
     const auto& job = slot.job();
     if (slot.next_to_report < job.tests.size() && !job.stop_at_first_failure) {
-        queue_.push_front({slot.batch, slot.job_index, 0, slot.next_to_report, slot.check});
+        queue_.push_front({slot.batch, slot.job_index, 0, slot.next_to_report, slot.check, slot.begun});
         return;
     }
     WorkerSlot over;
     over.batch = std::move(slot.batch);
     over.check = std::move(slot.check);
     over.job_index = slot.job_index;
+    over.begun = slot.begun;
     finish_job(over);
 }
 
@@ -619,6 +635,18 @@ void Supervisor::handle_failed_start(WorkerSlot& slot, const std::string& fault)
         return works && other->kind == slot.kind;
     });
     if (!any_left) fail_queue(slot.kind, fault);
+}
+
+void Supervisor::note_who_is_alone() {
+    const auto busy = std::count_if(slots_.begin(), slots_.end(),
+                                    [](const auto& slot) { return slot->state == WorkerSlot::State::Busy; });
+    const auto before = std::exchange(under_way_, queue_.size() + static_cast<std::size_t>(busy));
+    const auto now = Clock::now();
+    if (under_way_ == 0 && alone_since_) {
+        tally_.alone = std::max<std::chrono::nanoseconds>(tally_.alone, now - *alone_since_);
+    }
+    if (under_way_ != 1) alone_since_.reset();
+    if (under_way_ == 1 && before > 1) alone_since_ = now;
 }
 
 void Supervisor::fail_batch(Batch& batch, const std::string& fault) {

@@ -51,6 +51,15 @@ struct WorkerCommand {
     std::vector<std::string> environment;
 };
 
+/// What there was to do since somebody asked.
+struct Tally {
+    std::uint64_t programs = 0;  // that ended, with all their tests
+    std::uint64_t restarts = 0;  // of workers
+    std::uint64_t retries = 0;   // programs given to another worker, since the machine failed the first
+    std::chrono::nanoseconds longest{0};  // of a program, from its first worker to its end
+    std::chrono::nanoseconds alone{0};    // the longest that one program went on when all others had ended
+};
+
 struct WorkerSlot;
 
 /// Keeps the workers, hands them programs and tests, and judges what comes back. One thread of its own; any
@@ -59,9 +68,11 @@ class Supervisor {
   public:
     /// Starts the workers for Python; `wait_until_ready` says when they are. Those for commands are started
     /// when there is a command to run. No more than `workers` of either kind are busy at once. Each gets a
-    /// cgroup below `memory_cgroup`, if that is not empty. Throws std::system_error.
+    /// cgroup below `memory_cgroup`, if that is not empty. One that has not reported `report_patience` after
+    /// a test's wall limit is replaced. Throws std::system_error.
     Supervisor(WorkerCommand for_python, WorkerCommand for_commands, unsigned workers,
-               std::uint32_t allowed_missing, const std::string& memory_cgroup);
+               std::uint32_t allowed_missing, const std::string& memory_cgroup,
+               std::chrono::nanoseconds report_patience);
     ~Supervisor();
     Supervisor(const Supervisor&) = delete;
     Supervisor& operator=(const Supervisor&) = delete;
@@ -73,6 +84,7 @@ class Supervisor {
     LayerErrors layers();
     std::vector<pid_t> worker_pids();
     std::uint64_t restarts();
+    Tally take_tally();
 
     void submit(const std::shared_ptr<Batch>& batch);
     /// What to wait for: the end of the batch, or any job that can be taken (or the end).
@@ -101,6 +113,7 @@ class Supervisor {
         unsigned attempts;
         std::size_t first_test;                  // those before have their outcome
         std::shared_ptr<Check> check = nullptr;  // not null: the job's tests are run, and are to be checked
+        Clock::time_point begun{};               // when a worker was first given it
 
         ProgramKind kind() const { return check ? check->job.kind : batch->jobs[index].kind; }
     };
@@ -115,7 +128,7 @@ class Supervisor {
     WorkerSlot* idle_slot(ProgramKind kind);
     void assign_jobs();
     void give(WorkerSlot& slot, QueuedJob job);
-    static void send_tests(WorkerSlot& slot);
+    void send_tests(WorkerSlot& slot);
     void read_report(WorkerSlot& slot);
     void handle(WorkerSlot& slot, const Message<Report>& report);
     void handle_ready(WorkerSlot& slot, const Report& report);
@@ -130,6 +143,7 @@ class Supervisor {
     static void tell(Batch& batch);
     void fail_queue(ProgramKind kind, const std::string& fault);
     void fail_everything(const std::string& fault);
+    void note_who_is_alone();
     void wait_for_events();
     void wake();
 
@@ -137,6 +151,7 @@ class Supervisor {
     const WorkerCommand for_commands_;
     const unsigned workers_;
     const std::uint32_t allowed_missing_;
+    const std::chrono::nanoseconds report_patience_;
     const pid_t owner_;
     UniqueFd wake_up_;  // eventfd
 
@@ -149,6 +164,9 @@ class Supervisor {
     std::atomic<bool> has_commands_{false};  // there was one to run
     std::string fault_;
     std::uint64_t restarts_ = 0;
+    Tally tally_;
+    std::size_t under_way_ = 0;                     // programs that wait or run, when last noted
+    std::optional<Clock::time_point> alone_since_;  // one goes on, and all others have ended
     bool ever_ready_ = false;  // all workers for Python at once: what fails before is for the caller to mend
     bool closing_ = false;
     std::thread thread_;

@@ -46,6 +46,7 @@ class AsynchronousRollouts:
     ) -> None:
         """Raises ValueError if the feedback is "random"."""
         self._sampler: StreamingSampler = settings["sampler"]
+        self._executor = settings["executor"]
         self._episodes = episodes_of(settings)
         self._problems_of = problems_of
         self._steps = steps
@@ -85,7 +86,11 @@ class AsynchronousRollouts:
             now - then for now, then in zip(self._counted, before, strict=True)
         )
         return Collection(
-            episodes=episodes, tests_run=int(tests_run), sampling_s=sampling_s, executing_s=executing_s
+            episodes=episodes,
+            tests_run=int(tests_run),
+            sampling_s=sampling_s,
+            executing_s=executing_s,
+            tally=self._executor.take_tally(),
         )
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:

@@ -26,8 +26,8 @@ from rlef.config import (
     of_learners,
 )
 from rlef.files import write_text
-from rlef.launch import TOLD, launched_by_torchrun, run_processes
-from rlef_sandbox import Executor, SandboxFault
+from rlef.launch import TOLD, die_with_parent, launched_by_torchrun, require_restartable, run_processes
+from rlef_sandbox import SandboxFault
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -67,6 +67,7 @@ def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: b
     from rlef.run_folder import only_one_run, open_run_folder
 
     config = load_config(config_file, (*overrides, *_given_by_torchrun()))
+    require_restartable()
     check_inputs(config)
     if dry_run:
         click.echo(json.dumps(config.model_dump(mode="json"), indent=2))
@@ -293,6 +294,7 @@ def check_inputs(config: Config) -> None:
     A `ConfigError` says what to mend.
     """
     from rlef import problems
+    from rlef.execution import open_executor, share_of_cores
     from rlef.families import read_shape
     from rlef.pretrained import StoredWeights, model_folder
     from rlef.prompts import Dialog
@@ -307,12 +309,10 @@ def check_inputs(config: Config) -> None:
     check_sampler(config, shape)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
     problems.check(config)
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.processes))
+    share_of_cores(config.executor, os.sched_getaffinity(0), processes=processes_here, index=0)
     try:
-        Executor(
-            workers=1,
-            allow_missing=config.executor.allow_missing,
-            memory_cgroup=config.executor.memory_cgroup or None,
-        ).close()
+        open_executor(config.executor, workers=1).close()
     except (ValueError, SandboxFault) as error:
         raise ConfigError(f"executor: {error}") from None
 
@@ -366,10 +366,15 @@ def _train_under_torchrun(config: Config, resume: str) -> int:
     """Rank 0 opens the run's folder for all."""
     from rlef.train import train_under_torchrun
 
+    die_with_parent(os.getppid())
     rank_is_first = os.environ["RANK"] == "0"
     status = _with_status(lambda: train_under_torchrun(config, resume))
     if status == 0 and rank_is_first:
         _show_result(Path(config.run.output_dir) / config.run.name)
+    if status == TOLD:
+        # A thread may still ask a store that does not answer, and the interpreter would abort over it.
+        sys.stderr.flush()
+        os._exit(_of_command(status))
     return _of_command(status)
 
 

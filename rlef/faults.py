@@ -169,6 +169,8 @@ class Watch:
             _store().set(str(dist.get_rank()), f"{self._entered}|{socket.gethostname()}|{phase}")
 
     def _waited_for(self, phase: str) -> str:
+        if not dist.is_initialized():
+            return "processes that have not joined, or rank 0, which all meet through"
         words: dict[int, str] = {}
         asking = Thread(target=_ask, args=(words,), daemon=True)  # the one that keeps the words may be gone
         asking.start()
@@ -181,7 +183,11 @@ class Watch:
         ]
         if behind:
             return ", ".join(behind)
-        return f"another process; all have begun {phase}" if places else "rank 0, which does not answer"
+        if not places:
+            return "rank 0, which does not answer"
+        others = [f"rank {rank} on {host}" for rank, (_, host, _) in places.items()]
+        waited_for = others[0] if len(others) == 1 else "another process"
+        return f"{waited_for}; all have begun {phase}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,10 @@ import socket
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
+
+from rlef.config import ConfigError
 
 TOLD = 3  # exit status of a process that has said what ended the run; the command's is 1
 
@@ -27,6 +30,32 @@ _GRACE_S = 60.0  # for the other ranks to save and leave after an interrupt
 
 def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def require_restartable() -> None:
+    """Under a torchrun that starts processes again, each attempt must have a store of its own.
+
+    torch shares the agent's store with the processes by default, and what an attempt leaves there is read by
+    the next one: addresses of processes that have ended (pytorch/pytorch, issue 135712).
+
+    Raises:
+        ConfigError: torchrun was started without the variable that gives each attempt its own.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ConfigError(
+            f"torchrun --max-restarts {restarts} would start processes that look for ended ones: export "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each node, with --standalone or --rdzv-backend c10d"
+        )
+
+
+def torchrun_agent() -> str:
+    """A name of the torchrun that started this process, which no other one has, of any machine or time."""
+    agent = os.getppid()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    status = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8", errors="replace")
+    started = status.rpartition(")")[2].split()[19]  # in ticks after the boot
+    return f"{boot} {agent} {started}"
 
 
 def run_processes(

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from rlef.files import write_text
 from rlef.records import StepStats, TurnOutcome
-from rlef.telemetry import BETWEEN_STEPS, METRICS_FILE, SECONDS, read_metrics
+from rlef.telemetry import BETWEEN_STEPS, METRICS_FILE, SECONDS, executor_trouble, read_metrics
 
 SUMMARY_FILE = "summary.json"
 DIALOGS_FILE = "dialogs.jsonl"
@@ -116,6 +116,7 @@ _CHARTS = (
     _Chart(title="Policy loss", metric="policy/loss", unit=""),
     _Chart(title="Value loss", metric="value/loss", unit=""),
     _Chart(title="Entropy", metric="policy/entropy", unit="nats a token"),
+    _Chart(title="Longest program", metric="executor/longest_s", unit="seconds"),
 )
 
 # Stand-ins that matplotlib writes and the page replaces, so that curves follow its light or dark colours.
@@ -156,6 +157,7 @@ def render_report(
         comparisons=compare(summary),
         claims=_claims(summary),
         charts=_charts(metrics),
+        trouble=executor_trouble(metrics),
         outcomes=_outcome_tables(summary),
         outcome_order=[outcome.value for outcome in reversed(TurnOutcome)],
         pairs=_pair(dialogs),

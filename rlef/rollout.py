@@ -15,7 +15,7 @@ from rlef.config import FeedbackKind, RolloutConfig
 from rlef.ports import Request, Response, SamplingParams, StreamingSampler
 from rlef.prompts import Dialog, FailedTest
 from rlef.records import Episode, Problem, Turn, TurnOutcome
-from rlef_sandbox import Executor, Job, Limits, Result, Verdict
+from rlef_sandbox import Executor, Job, Limits, Result, Tally, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,7 @@ class Collection:
     tests_run: int
     sampling_s: float
     executing_s: float
+    tally: Tally  # of the executor, since the collection before
 
 
 class CollectSettings(TypedDict):
@@ -157,6 +158,7 @@ def collect(
         tests_run=tests_run,
         sampling_s=sampling_s,
         executing_s=executing_s,
+        tally=executor.take_tally(),
     )
 
 
@@ -180,6 +182,7 @@ def interleaved(shares: Sequence[Collection]) -> Collection:
         tests_run=sum(share.tests_run for share in shares),
         sampling_s=max(share.sampling_s for share in shares),
         executing_s=max(share.executing_s for share in shares),
+        tally=Tally.of_all(share.tally for share in shares),
     )
 
 

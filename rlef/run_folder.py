@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rlef.files import write_text
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
+_LAUNCH_FILE = ".launch.json"
 
 # What may differ between a run and its continuation, because no weight and no figure depends on it, or by
 # rounding alone and a run that was out of memory must be able to go on with less.
@@ -47,6 +48,7 @@ class RunFolder:
 
     path: Path
     checkpoint: Path | None
+    is_finished: bool = False  # by this launch, before it was started again
 
     @property
     def checkpoints(self) -> Path:
@@ -76,20 +78,47 @@ def only_one_run(config: Config) -> Iterator[None]:
                 f"run.name: a run {config.run.name!r} is under way in {directory}; "
                 "wait for it, or name another"
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"run.output_dir: {directory} cannot lock files ({error.strerror}), and without a lock two "
+                "runs could write to one folder; mount it with locks (Lustre: -o flock), or name another"
+            ) from None
         yield
 
 
-def open_run_folder(config: Config, *, resume: str) -> tuple[RunFolder, str | None]:
+def open_run_folder(
+    config: Config, *, resume: str, launchers: Collection[str] = ()
+) -> tuple[RunFolder, str | None]:
     """The folder for a run, and a line to tell the user when there is something to tell.
 
     `resume` is "auto" (continue an unfinished run, else start anew), "never" (start anew), or the path of a
     checkpoint folder. Starting anew moves an earlier run of the same name aside. Called once, before any
-    process starts.
+    process trains.
+
+    `launchers` are names of the torchruns that start the run's processes. Where one of them has opened the
+    folder before, it has started its processes again: the run then goes on, whatever `resume` says.
 
     Raises:
         ConfigError: the checkpoint does not exist, or the settings differ from those of the run to continue.
     """
     path = Path(config.run.output_dir) / config.run.name
+    try:
+        launch = _read_launch(path)
+        if launch is not None and not launch.launchers.isdisjoint(launchers):
+            opened = _go_on(path, config, resume, launch)
+        else:
+            opened = _open(path, config, resume)
+            launch = _Launch(launchers=frozenset(), checkpoints=_checkpoints(path))
+        if launchers:
+            _write_launch(path, replace(launch, launchers=frozenset(launchers)))
+    except OSError as error:
+        raise ConfigError(
+            f"run.output_dir: {path} cannot be written ({error.strerror}); name another folder"
+        ) from None
+    return opened
+
+
+def _open(path: Path, config: Config, resume: str) -> tuple[RunFolder, str | None]:
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)
         if not checkpoint.is_dir():
@@ -106,13 +135,42 @@ def open_run_folder(config: Config, *, resume: str) -> tuple[RunFolder, str | No
     if resume == "auto" and _is_unfinished(path, config.run.steps):
         _require_same_settings(path, config)
         return RunFolder(path=path, checkpoint=None), f"continuing the unfinished run in {path}"
+    return RunFolder(path=path, checkpoint=None), _start_anew(path, config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launch:
+    """Who opened a folder, and what was in it before."""
+
+    launchers: frozenset[str]
+    checkpoints: Mapping[str, int]  # when each was written, in nanoseconds
+
+
+def _go_on(path: Path, config: Config, resume: str, launch: _Launch) -> tuple[RunFolder, str | None]:
+    """The folder once more, for processes that were started again."""
+    if not _is_unfinished(path, config.run.steps):
+        return RunFolder(path=path, checkpoint=None, is_finished=True), f"the run in {path} is finished"
+    _require_same_settings(path, config)
+    has_saved = any(launch.checkpoints.get(name) != written for name, written in _checkpoints(path).items())
+    named = None if has_saved or resume in ("auto", "never") else Path(resume)
+    return RunFolder(path=path, checkpoint=named), f"continuing the unfinished run in {path}"
+
+
+def _checkpoints(path: Path) -> dict[str, int]:
+    return {folder.name: folder.stat().st_mtime_ns for folder in (path / CHECKPOINTS).glob("step-*")}
+
+
+def _read_launch(path: Path) -> _Launch | None:
     try:
-        note = _start_anew(path, config)
-    except OSError as error:
-        raise ConfigError(
-            f"run.output_dir: {path} cannot be written ({error.strerror}); name another folder"
-        ) from None
-    return RunFolder(path=path, checkpoint=None), note
+        read = json.loads((path / _LAUNCH_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _Launch(launchers=frozenset(read["launchers"]), checkpoints=read["checkpoints"])
+
+
+def _write_launch(path: Path, launch: _Launch) -> None:
+    written = {"launchers": sorted(launch.launchers), "checkpoints": launch.checkpoints}
+    write_text(path / _LAUNCH_FILE, json.dumps(written) + "\n")
 
 
 def _start_anew(path: Path, config: Config) -> str | None:

@@ -7,7 +7,6 @@ their own do (`sample`), and the learners order and receive. What makes a proces
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from rlef import problems as sources
 from rlef.asynchronous import AsynchronousRollouts
 from rlef.bridge import LearnersEnd, Order, SamplersEnd
 from rlef.config import Config, FeedbackKind
+from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.faults import Watch, doing
 from rlef.job import Job, leave
@@ -33,7 +33,6 @@ from rlef.samplers import build_sampler
 from rlef.stopping import StopRequest
 from rlef.streaming import collect_overlapped, merged
 from rlef.words import Words
-from rlef_sandbox import Executor
 
 _NOTHING = merged([])  # that is under way
 
@@ -104,13 +103,7 @@ class OwnRollouts:
         self._problems = sources.load(config, "train")
         self._origin = 0  # where in them step 0 began
         self._eval_problems = sources.load(config, "eval")
-        self._executor = stack.enter_context(
-            Executor(
-                workers=_executor_workers(config),
-                allow_missing=config.executor.allow_missing,
-                memory_cgroup=config.executor.memory_cgroup or None,
-            )
-        )
+        self._executor = stack.enter_context(open_executor(config.executor))
         self._asynchronous: AsynchronousRollouts | None = None  # until `start`
         self._device = job.device
         self._stack = stack
@@ -326,9 +319,3 @@ def _phase_of(order: Order) -> str:
             return "saving what is under way"
         case _:
             return "starting the episodes"
-
-
-def _executor_workers(config: Config) -> int:
-    """This process's share of the machine's cores, unless the setting says otherwise."""
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return config.executor.workers or max(1, len(os.sched_getaffinity(0)) // processes_here)

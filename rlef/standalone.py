@@ -14,6 +14,7 @@ from rlef import problems as sources
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError
 from rlef.evaluate import evaluate, summarise
+from rlef.execution import open_executor
 from rlef.families import read_config, read_shape, with_dtype
 from rlef.megatron_policy import build_policy, leave
 from rlef.pretrained import StoredWeights, model_folder, read_pretrained, write_config, write_weights
@@ -21,7 +22,6 @@ from rlef.prompts import Dialog
 from rlef.rollout import collect
 from rlef.run_folder import RunFolder
 from rlef.samplers import build_sampler
-from rlef_sandbox import Executor
 
 SOURCE = "source"
 _OTHER_FILES = (
@@ -44,11 +44,7 @@ def evaluate_model(config: Config) -> dict[str, Any]:
     dialog = Dialog.read(folder, config.rollout)
     with (
         closing(build_sampler(config, folder, shape, end_token_id=dialog.end_token_id)) as sampler,
-        Executor(
-            workers=config.executor.workers or None,
-            allow_missing=config.executor.allow_missing,
-            memory_cgroup=config.executor.memory_cgroup or None,
-        ) as executor,
+        open_executor(config.executor) as executor,
     ):
         sampler.push(weights.items(), version=0)
         evaluation = evaluate(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
 import torch
 import torch.distributed as dist
+
+_SAME_SIGNAL_S = 3.0  # within which one request to stop may arrive several times
 
 
 class StopRequest:
@@ -18,7 +21,7 @@ class StopRequest:
     def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
         """`on_request` is called by the signal's handler, so it may do little."""
         self._on_request = on_request
-        self._asked: set[int] = set()
+        self._asked: dict[int, float] = {}
 
     def __enter__(self) -> Self:
         self._previous = {
@@ -39,8 +42,9 @@ class StopRequest:
         return bool(asked)
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if number in self._asked:  # a second time: the user will not wait
-            signal.signal(number, signal.SIG_DFL)
+        # By number: a terminal's Ctrl-C arrives beside the launcher's SIGTERM. And a scheduler signals this
+        # process and its launcher, which passes the same signal on.
+        if time.monotonic() - self._asked.setdefault(number, time.monotonic()) > _SAME_SIGNAL_S:
+            signal.signal(number, signal.SIG_DFL)  # a second time: the user will not wait
             os.kill(os.getpid(), number)
-        self._asked.add(number)  # by number: a terminal's Ctrl-C arrives beside the launcher's SIGTERM
         self._on_request()

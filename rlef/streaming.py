@@ -293,4 +293,5 @@ async def _collect(
         tests_run=made.tests_run,
         sampling_s=made.sampling_s,
         executing_s=made.waiting_s,
+        tally=settings["executor"].take_tally(),
     )

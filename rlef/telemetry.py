@@ -9,6 +9,9 @@ Metrics that have a place in the display and the report; a step may lack any of 
     response_tokens       mean length of a response
     policy/loss, value/loss
     sampled_tokens, tests_run    counts of the step
+    executor/longest_s    of the program that took longest
+    executor/restarts, executor/retries    workers replaced, and programs run again because of that: told in a
+                          line of their own
 and those that are added here:
     seconds               of the step, without the phases of `BETWEEN_STEPS`
     seconds/PHASE         of each phase; inner phases are not counted in outer ones
@@ -47,6 +50,7 @@ _SHOWN = (
     ("KL", "kl", "{:.4f}"),
     ("tokens/s", "tokens_per_s", "{:,.0f}"),
     ("tests/s", "tests_per_s", "{:,.0f}"),
+    ("longest program", "executor/longest_s", "{:.1f} s"),
 )
 _RATES = (("tokens_per_s", "sampled_tokens"), ("tests_per_s", "tests_run"))
 _REMEMBERED = 24  # steps behind a sparkline and the estimate of the time left
@@ -192,6 +196,8 @@ class Telemetry:
             self._live.refresh()
         else:
             self._console.print(self._one_line(), soft_wrap=True)
+        if trouble := executor_trouble([stats]):
+            self.note(f"step {stats.step}: {trouble}")
 
     def note(self, text: str) -> None:
         """One line beside the steps: an evaluation's result, a checkpoint that was taken up."""
@@ -231,6 +237,17 @@ class Telemetry:
             return None
         mean = sum(metrics[SECONDS] for metrics in self._history) / len(self._history)
         return mean * max(0, self._total_steps - self._completed_steps)
+
+
+def executor_trouble(steps: Sequence[StepStats]) -> str:
+    """How often the machine failed programs in these steps, in words; empty if it never did."""
+    restarts, retries = (
+        int(sum(stats.metrics.get(f"executor/{name}", 0.0) for stats in steps))
+        for name in ("restarts", "retries")
+    )
+    if not restarts and not retries:
+        return ""
+    return f"executor workers replaced: {restarts}, programs run again because of that: {retries}"
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -27,6 +27,7 @@ from rlef.evaluate import (
 from rlef.families import read_shape
 from rlef.faults import Pace, SkippedTooOftenError, Watch, not_finite
 from rlef.job import Job, join, within
+from rlef.launch import torchrun_agent
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks, leave
 from rlef.ports import Networks
@@ -35,7 +36,7 @@ from rlef.prompts import Dialog
 from rlef.records import Episode, StepStats
 from rlef.report import DIALOGS_FILE, SUMMARY_FILE, save_dialogs, write_report
 from rlef.rollout import Collection
-from rlef.run_folder import RunFolder, open_run_folder
+from rlef.run_folder import RunFolder, only_one_run, open_run_folder
 from rlef.sampling import Colocated, Disaggregated, OwnRollouts, Rollouts, sample
 from rlef.stopping import StopRequest
 from rlef.streaming import merged
@@ -78,23 +79,40 @@ def train(config: Config, folder: RunFolder) -> int:
 
 
 def train_under_torchrun(config: Config, resume: str) -> int:
-    """`train`, started by torchrun: rank 0 opens the run's folder, and the others follow."""
-    job = join(config.parallel)
-    store, key = within(job.store, "run"), "folder"
-    if job.rank == 0:
-        try:
-            folder, note = open_run_folder(config, resume=resume)
-            opened = {"path": str(folder.path), "checkpoint": folder.checkpoint and str(folder.checkpoint)}
-        except ConfigError as error:
-            opened = {"error": str(error)}
-        else:
-            print(note, end="\n" if note else "")
-        store.set(key, json.dumps(opened))
-    opened = json.loads(store.get(key))
-    if "error" in opened:
-        raise ConfigError(opened["error"])
-    checkpoint = Path(opened["checkpoint"]) if opened["checkpoint"] else None
-    return train(config, RunFolder(path=Path(opened["path"]), checkpoint=checkpoint))
+    """`train`, started by torchrun, perhaps again: rank 0 opens the run's folder, and the others follow."""
+    with ExitStack() as stack:
+        with Watch(config).phase("starting or stopping"):
+            job = join(config.parallel)
+            meeting = within(job.store, "run")
+            meeting.set(f"agent {job.rank}", torchrun_agent())
+            if job.rank == 0:
+                agents = {meeting.get(f"agent {rank}").decode() for rank in range(job.processes)}
+                meeting.set("folder", json.dumps(_open(config, resume, agents, stack)))
+            opened = json.loads(meeting.get("folder"))
+        if "error" in opened:
+            raise ConfigError(opened["error"])
+        checkpoint = Path(opened["checkpoint"]) if opened["checkpoint"] else None
+        return (
+            0
+            if opened["is_finished"]
+            else train(config, RunFolder(path=Path(opened["path"]), checkpoint=checkpoint))
+        )
+
+
+def _open(config: Config, resume: str, agents: set[str], stack: ExitStack) -> dict[str, Any]:
+    """The run's folder, or why there is none, for all processes to read."""
+    try:
+        stack.enter_context(only_one_run(config))
+        folder, note = open_run_folder(config, resume=resume, launchers=agents)
+    except ConfigError as error:
+        return {"error": str(error)}
+    if note:
+        print(note, flush=True)
+    return {
+        "path": str(folder.path),
+        "checkpoint": str(folder.checkpoint) if folder.checkpoint else None,
+        "is_finished": folder.is_finished,
+    }
 
 
 class Run:
@@ -224,6 +242,10 @@ class Run:
             "tests_run": float(collection.tests_run),
             "seconds/sampling": collection.sampling_s,
             "seconds/executing": collection.executing_s,
+            "executor/restarts": float(collection.tally.restarts),
+            "executor/retries": float(collection.tally.retries),
+            "executor/longest_s": collection.tally.longest_s,
+            "executor/alone_s": collection.tally.alone_s,
         }
 
     def evaluate(self, phase: str) -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlef.config import Config, load_config
@@ -102,15 +102,23 @@ def read_lines(path: Path) -> list[dict[str, float]]:
 class Command:
     """A command in a session of its own, as a terminal starts it."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        log: Path,
+        *,
+        program: Sequence[str] = (sys.executable, "-m"),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`environment` is set besides."""
         self._log = log
         without_job = {
             name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")
         }
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
-                env=without_job | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                [*program, *arguments],
+                env=without_job | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

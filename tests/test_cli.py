@@ -209,7 +209,10 @@ def test_a_process_that_is_refused_says_no_more_than_its_line(tmp_path: Path) ->
     assert done.stderr == "rlef: error: unknown setting 'run.sede'; did you mean 'run.seed'?\n"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
+EMBEDDED = [path for path in sorted((ROOT / "configs").glob("*.toml")) if "[model]" not in path.read_text()]
+
+
+@pytest.mark.parametrize("path", EMBEDDED, ids=lambda path: path.stem)
 def test_a_dry_run_prints_settings_and_arithmetic_and_makes_nothing(path: Path, tmp_path: Path) -> None:
     result = rlef("train", str(path), "--dry-run", "run.steps=7", f"run.output_dir={tmp_path}")
     assert result.exit_code == 0, result.output

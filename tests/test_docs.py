@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -16,6 +17,13 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousTimeout,
+)
+from torch.distributed.launcher.api import LaunchConfig
+from torch.distributed.run import parse_args
 
 from rlef import hidden_conventions, prompts
 from rlef.cli import main
@@ -144,11 +152,22 @@ def test_a_command_that_is_shown_can_be_given(
         assert_makefile_knows(words[1:])
     elif "rlef" in words:
         start = words.index("rlef") + 1
-        processes = words[words.index("--nproc-per-node") + 1] if words[0] == "torchrun" else None
-        assert_rlef_understands(words[start:], processes=processes)
+        assert_rlef_understands(words[start:], processes=processes_of(words))
+    elif words[0] == "sbatch":
+        (script,) = [place for place, word in enumerate(words) if word.endswith(".sbatch")]
+        assert (ROOT / words[script]).exists()
+        assert_rlef_understands(["train", *words[script + 1 :]], processes=None)
     else:
         paths = [word for word in words if "/" in word and not word.startswith(".venv")]
         assert all((ROOT / path).exists() for path in paths), paths
+
+
+def processes_of(words: Sequence[str]) -> str | None:
+    """How many a torchrun starts, on all its nodes."""
+    if words[0] != "torchrun":
+        return None
+    options = parse_args(words[1:])
+    return str(int(options.nnodes.split(":")[-1]) * int(options.nproc_per_node))
 
 
 def assert_makefile_knows(words: Sequence[str]) -> None:
@@ -306,6 +325,7 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     metrics = episode_metrics(episodes, RewardConfig()) | learned(episodes)
     by_run = ("tests_run", "seconds/sampling", "seconds/executing", "staleness", "staleness_max")
     by_run += ("slowest_rank", "slowest_rank_ratio")
+    by_run += ("executor/longest_s", "executor/alone_s", "executor/restarts", "executor/retries")
     metrics |= dict.fromkeys(by_run, 1.0)  # train.Run.metrics
     with Telemetry(tmp_path, name="run", total_steps=1) as telemetry:
         for phase in (*BETWEEN_STEPS, "waiting", "learning"):  # the last two by train.Run
@@ -374,3 +394,35 @@ def test_every_figure_of_the_summary_is_documented() -> None:
     assert set(figures) == documented
     for name in run_summary(start=figures, final=None, seed=1, steps=1, seconds=1.0):
         assert f"`{name}`" in section
+
+
+def test_the_limits_of_torchrun_are_its_own() -> None:
+    listed = {name: row[1] for row in rows(text_of("docs/launch.md")) for name in named(row[0])}
+    alive = inspect.signature(DynamicRendezvousHandler.from_backend).parameters
+    interval, attempts = alive["keep_alive_interval"].default, alive["keep_alive_max_attempt"].default
+    assert listed["join_timeout"] == f"{RendezvousTimeout().join.seconds} s"
+    assert listed["keep_alive_interval"] == f"{interval} s, {attempts}"
+    shutdown = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout
+    assert listed["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == f"{shutdown} s"
+    assert f'get_as_int("read_timeout", {listed["read_timeout"].removesuffix(" s")})' in inspect.getsource(
+        c10d_rendezvous_backend
+    )
+    assert listed["--max-restarts"] == str(parse_args(["-m", "rlef"]).max_restarts)
+    for name in ("parallel.timeout_s", "rollout.timeout_s"):
+        section, key = name.split(".")
+        assert listed[name] == f"{getattr(getattr(Config(), section), key)} s"
+
+
+def test_the_batch_script_launches_as_the_document_does() -> None:
+    script = text_of("configs/slurm/train.sbatch")
+    assert dict(re.findall(r"^(\w+)=(\d+)", script, flags=re.MULTILINE)) == {
+        "launches": "3",
+        "restarts": "3",
+        "save_s": "540",
+        "longest_cut_s": "600",
+        "missing_node_s": "900",
+    }
+    command = next(line for name, line in SHELL_LINES if name == "launch.md" and "--nnodes" in line)
+    assert "read_timeout=600,join_timeout=900" in command
+    assert "--signal=B:TERM@600" in script
+    assert "--max-restarts 3" in command

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib.metadata
 import json
 import os
+import resource
+import socket
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from rlef import doctor
 from rlef.cli import main
-from rlef.config import Config, load_config
+from rlef.config import Config, ConfigError, load_config
 from rlef.doctor import Finding, Level
+from rlef.run_folder import only_one_run
 from rlef_sandbox import NAMESPACES
 from tests.sandbox.machines import LIKE_DOCKER, python
 from tests.small_runs import ROOT
@@ -116,6 +123,104 @@ def test_processes_that_cannot_meet_are_a_fault_and_threads_stay_as_they_were(
     assert (found.level, found.subject) == (Level.FAULT, "gloo")
     assert "GLOO_SOCKET_IFNAME" in found.mend
     assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_folder_of_one_machine_is_a_warning_for_a_run_on_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    (found,) = [each for each in doctor.shared_folder(config(tmp_path, "parallel.processes=16")) if each.mend]
+    assert (found.level, found.subject) == (Level.WARNING, "shared folder")
+    assert f"is on {doctor.file_system(tmp_path)}, a file system of this machine alone" in found.found
+    assert [each.mend for each in doctor.shared_folder(config(tmp_path, "parallel.processes=8"))] == ["", ""]
+
+
+def test_a_file_system_is_that_of_the_innermost_mount() -> None:
+    assert doctor.file_system(Path("/proc/self")) == "proc"
+    assert doctor.file_system(Path("/")) != "proc"
+
+
+def test_a_clock_that_is_not_the_folders_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 100)
+    (found,) = [each for each in doctor.shared_folder(config(tmp_path)) if each.subject == "clock"]
+    assert found.level is Level.WARNING
+    assert "differs by 100 s" in found.found
+
+
+def test_a_folder_without_locks_is_a_fault_and_no_run_starts_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    found = only(list(doctor.shared_folder(config(tmp_path))))
+    assert (found.level, found.subject) == (Level.FAULT, "locks")
+    with pytest.raises(ConfigError, match="cannot lock files"), only_one_run(config(tmp_path)):
+        raise AssertionError("the run must not begin")
+
+
+def test_memory_that_may_not_be_locked_is_a_warning_beside_infiniband(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, limits[1]))
+    try:
+        found = list(doctor.limits(infiniband=tmp_path))
+        without = list(doctor.limits(infiniband=tmp_path / "none"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, limits)
+    assert (found[0].level, found[0].subject) == (Level.WARNING, "locked memory")
+    assert found[0].found == "64.0 KiB at most, and this machine has InfiniBand"
+    assert "locked memory" not in {each.subject for each in without}
+
+
+@pytest.mark.parametrize(
+    ("variable", "chosen", "level"),
+    [
+        ("GLOO_SOCKET_IFNAME", "lo", Level.GOOD),
+        ("GLOO_SOCKET_IFNAME", "l", Level.FAULT),
+        ("GLOO_SOCKET_IFNAME", "nowhere0", Level.FAULT),
+        ("NCCL_SOCKET_IFNAME", "l", Level.GOOD),
+        ("NCCL_SOCKET_IFNAME", "nowhere0,lo", Level.GOOD),
+        ("NCCL_SOCKET_IFNAME", "nowhere", Level.FAULT),
+    ],
+)
+def test_an_interface_that_the_environment_chooses_must_be_up(
+    variable: str, chosen: str, level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gloo takes whole names, nccl their beginnings."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, chosen)
+    found = only(list(doctor.interfaces()))
+    assert (found.level, found.subject) == (level, variable)
+    assert level is Level.GOOD or "lo" in found.mend
+
+
+def test_a_name_that_other_nodes_cannot_reach_is_a_warning_where_there_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    found = only(list(doctor.host_name(config(tmp_path, "parallel.processes=16"))))
+    assert found.level is Level.WARNING
+    assert "--local-addr" in found.mend
+    assert only(list(doctor.host_name(config(tmp_path, "parallel.processes=8")))).level is Level.GOOD
+
+
+@pytest.mark.parametrize(
+    ("processes", "tensor", "subjects"),
+    [(16, 8, []), (4, 4, []), (12, 1, ["processes"]), (16, 16, ["tensor parallel"])],
+)
+def test_processes_must_divide_over_the_gpus_and_a_matrix_stays_on_a_node(
+    processes: int, tensor: int, subjects: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node of 8 GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    settings = (f"parallel.processes={processes}", f"parallel.tensor={tensor}")
+    assert [each.subject for each in doctor.layout(config(tmp_path, *settings))] == subjects
 
 
 LIST_SANDBOX = """

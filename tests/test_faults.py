@@ -185,6 +185,18 @@ def lose_one() -> str:
     return str(raised.value)
 
 
+def test_a_process_that_meets_nobody_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (place | {"MASTER_PORT": str(nobody.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        config = Config(parallel=ParallelConfig(processes=2, timeout_s=1))
+        message = r"\(parallel.timeout_s = 1 s\), for processes that have not joined, or rank 0"
+        with pytest.raises(RunFault, match=message), Watch(config).phase("starting or stopping"):
+            initialize(config.parallel)
+
+
 @pytest.mark.multiprocess
 def test_a_process_that_lost_another_says_so(tmp_path: Path) -> None:
     line, _ = run_ranks(lose_one, ranks=2, folder=tmp_path)

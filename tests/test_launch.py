@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from rlef.launch import launched_by_torchrun, run_processes
-from tests.small_runs import Command, nothing_left_behind
+from rlef.config import ConfigError
+from rlef.launch import launched_by_torchrun, require_restartable, run_processes
+from tests.small_runs import ROOT, Command, nothing_left_behind
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -98,6 +101,26 @@ def test_a_job_of_torchrun_is_recognised(monkeypatch: pytest.MonkeyPatch) -> Non
     assert launched_by_torchrun()
 
 
+def test_processes_of_one_torchrun_know_it_by_the_same_name() -> None:
+    program = [sys.executable, "-c", "from rlef.launch import torchrun_agent; print(torchrun_agent())"]
+    started = [subprocess.run(program, cwd=ROOT, capture_output=True, text=True).stdout for _ in range(2)]
+    nested = [sys.executable, "-c", f"import subprocess; subprocess.run({program!r})"]
+    by_another = subprocess.run(nested, cwd=ROOT, capture_output=True, text=True).stdout
+    assert started[0] == started[1] != by_another
+    assert f" {os.getpid()} " in started[0]
+
+
+def test_restarts_want_a_store_for_each_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    require_restartable()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    with pytest.raises(ConfigError, match=r"^torchrun --max-restarts 2 would start processes that look for"):
+        require_restartable()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    require_restartable()
+
+
 def test_the_first_failure_is_the_status_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert run_processes(fail_on_rank_1, (3,), processes=2, threads=1) == 3
@@ -144,8 +167,6 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    import sys
-
     from tests import test_launch
 
     target, folder = sys.argv[1:]

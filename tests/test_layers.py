@@ -21,6 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "advantages",
             "byte_level_bpe",
             "chat_template",
+            "execution",
             "families",
             "faults",
             "losses",

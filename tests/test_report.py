@@ -209,6 +209,17 @@ def test_a_start_that_solves_nothing_divides_nothing() -> None:
     assert "1@3 from 0.0% to 50.0%" in text
 
 
+def test_the_page_says_how_often_the_machine_failed_programs() -> None:
+    def troubled(restarts: float, retries: float) -> str:
+        counts = {"executor/restarts": restarts, "executor/retries": retries}
+        metrics = [StepStats(step=step, metrics={"kl": 0.1} | counts) for step in (1, 2)]
+        return render_report("run", summary(), metrics=metrics, dialogs=[])
+
+    told = "executor workers replaced: 4, programs run again because of that: 2"
+    assert told in troubled(2.0, 1.0)
+    assert "workers replaced" not in troubled(0.0, 0.0)
+
+
 def test_the_page_is_made_again_from_the_files_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary()))
     log = MetricsLog(tmp_path / "metrics.jsonl", completed_steps=0)

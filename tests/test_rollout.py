@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Thread
 from typing import Protocol
 
 import pytest
@@ -16,6 +19,7 @@ from rlef.records import Episode, Problem, TurnOutcome
 from rlef.rollout import Collection, collect, limits_of
 from rlef.streaming import collect_overlapped
 from rlef_sandbox import Executor, SandboxFault, Test
+from tests.sandbox.processes import descendants, wait_until
 
 SETTINGS = RolloutConfig()
 PARAMS = SamplingParams(temperature=1.0, top_p=1.0, max_tokens=99, seed=0)
@@ -251,6 +255,29 @@ def test_a_fault_of_the_sandbox_is_raised_and_not_scored(dialog: Dialog) -> None
     for collector in (collect, collect_overlapped):
         with pytest.raises(SandboxFault):
             runner(collector, dialog, closed)([DOUBLE])
+
+
+@pytest.mark.parametrize("collector", [collect, collect_overlapped])
+def test_workers_that_are_stopped_and_killed_hold_a_step_up_for_a_while_and_change_no_verdict(
+    dialog: Dialog, collector: Callable[..., Collection]
+) -> None:
+    program = "import time\nnumber = int(input())\ntime.sleep(2 * (number == 2))\nprint({} * number)"
+    lines = [[f"```python\n{program.format(factor)}\n```"] for factor in ("2", "number")]
+    with Executor(workers=2, patience_s=2.0) as executor:
+
+        def hurt() -> None:
+            stopped, killed = executor.worker_pids()
+            wait_until(lambda: bool(descendants(stopped) and descendants(killed)), patience_s=60.0)
+            os.kill(stopped, signal.SIGSTOP)
+            os.kill(killed, signal.SIGKILL)
+
+        hurting = Thread(target=hurt)
+        hurting.start()
+        collection, _ = runner(collector, dialog, executor)(*lines)
+        hurting.join()
+    assert [episode.solved for episode in collection.episodes] == [True, False]
+    assert [episode.turns[0].outcome for episode in collection.episodes] == [TurnOutcome.PASSED] * 2
+    assert (collection.tally.restarts, collection.tally.retries) == (2, 2)
 
 
 def test_random_feedback_cannot_be_overlapped(dialog: Dialog, executor: Executor) -> None:

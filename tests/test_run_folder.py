@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlef.config import Config, ConfigError
-from rlef.run_folder import only_one_run, open_run_folder, read_run_config
+from rlef.run_folder import RunFolder, only_one_run, open_run_folder, read_run_config
 from tests.small_runs import small_config
 
 
@@ -175,6 +175,56 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = error_of(small_config(tmp_path, f"run.output_dir={tmp_path}/file"), "auto")
     assert message.startswith(f"run.output_dir: {tmp_path}/file/small cannot be written (Not a directory)")
+
+
+def launched(folder: Path, resume: str, launcher: str) -> tuple[RunFolder, str | None]:
+    """Opened by processes of a torchrun of that name."""
+    return open_run_folder(small_config(folder), resume=resume, launchers={launcher, f"other {launcher}"})
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_torchrun_that_starts_its_processes_again_goes_on(resume: str, tmp_path: Path) -> None:
+    launched(tmp_path, "never", "first")
+    save(tmp_path, 1)
+    folder, note = launched(tmp_path, resume, "first")
+    assert note == f"continuing the unfinished run in {tmp_path / 'small'}"
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000001"]
+
+
+def test_another_torchrun_starts_anew_if_it_is_told_to(tmp_path: Path) -> None:
+    launched(tmp_path, "never", "first")
+    save(tmp_path, 1)
+    folder, note = launched(tmp_path, "never", "second")
+    assert note == f"the earlier run of that name is now in {tmp_path / 'small.1'}"
+    assert not folder.checkpoints.exists()
+
+
+def test_a_run_that_its_torchrun_has_finished_is_finished_for_no_other(tmp_path: Path) -> None:
+    launched(tmp_path, "auto", "first")
+    finish(tmp_path / "small")
+    folder, note = launched(tmp_path, "auto", "first")
+    assert (folder.is_finished, note) == (True, f"the run in {tmp_path / 'small'} is finished")
+    folder, note = launched(tmp_path, "auto", "second")
+    assert (folder.is_finished, note) == (False, f"the earlier run of that name is now in {tmp_path}/small.1")
+
+
+def test_a_named_checkpoint_is_left_behind_by_a_restart_after_the_next_one(tmp_path: Path) -> None:
+    """Those of later steps count no more from the first opening on."""
+    open_run_folder(small_config(tmp_path), resume="auto")
+    named, later = save(tmp_path, 1), save(tmp_path, 5)
+    for _ in range(2):
+        folder, _ = launched(tmp_path, str(named), "first")
+        assert folder.checkpoint == named
+    later.rmdir()
+    save(tmp_path, 2)
+    folder, _ = launched(tmp_path, str(named), "first")
+    assert folder.checkpoint is None
+
+
+def save(folder: Path, step: int) -> Path:
+    checkpoint = folder / "small" / "checkpoints" / f"step-{step:06d}"
+    checkpoint.mkdir(parents=True)
+    return checkpoint
 
 
 def test_a_run_that_is_under_way_is_not_started_a_second_time(tmp_path: Path) -> None:

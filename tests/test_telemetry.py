@@ -146,9 +146,11 @@ def test_a_step_without_a_terminal_is_one_printed_line(
         with telemetry.timer.phase("rollout"):
             clock.now += 8
         clock.now += 2
-        telemetry.step(stats(1, solve_rate=0.25, reward=-0.5, kl=0.01, sampled_tokens=12_000, tests_run=50))
+        counts = {"sampled_tokens": 12_000, "tests_run": 50, "executor/longest_s": 2.0}
+        telemetry.step(stats(1, solve_rate=0.25, reward=-0.5, kl=0.01, **counts))
     assert printed.getvalue() == (
-        "step 1/9  solve rate 0.250  reward -0.500  KL 0.0100  tokens/s 1,200  tests/s 5  left 1:20\n"
+        "step 1/9  solve rate 0.250  reward -0.500  KL 0.0100  tokens/s 1,200  tests/s 5  "
+        "longest program 2.0 s  left 1:20\n"
     )
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
     assert line.metrics["seconds"] == 10
@@ -171,7 +173,20 @@ def test_a_step_is_not_charged_with_the_evaluation_before_it(tmp_path: Path, clo
 def test_figures_that_a_step_lacks_are_dashes(tmp_path: Path, clock: Clock, printed: io.StringIO) -> None:
     telemetry = Telemetry(tmp_path, name="tiny", total_steps=1, console=plain_console(printed), clock=clock)
     telemetry.step(stats(1))
-    assert printed.getvalue() == "step 1/1  solve rate -  reward -  KL -  tokens/s -  tests/s -  left 0:00\n"
+    assert printed.getvalue() == (
+        "step 1/1  solve rate -  reward -  KL -  tokens/s -  tests/s -  longest program -  left 0:00\n"
+    )
+
+
+def test_a_step_in_which_the_machine_failed_programs_says_how_often(
+    tmp_path: Path, clock: Clock, printed: io.StringIO
+) -> None:
+    telemetry = Telemetry(tmp_path, name="tiny", total_steps=2, console=plain_console(printed), clock=clock)
+    telemetry.step(stats(1, **{"executor/restarts": 0.0, "executor/retries": 0.0}))
+    telemetry.step(stats(2, **{"executor/restarts": 2.0, "executor/retries": 1.0}))
+    first, second, told = printed.getvalue().splitlines()
+    assert (first[:8], second[:8]) == ("step 1/2", "step 2/2")
+    assert told == "step 2: executor workers replaced: 2, programs run again because of that: 1"
 
 
 def test_a_note_is_printed_as_it_is(tmp_path: Path, printed: io.StringIO) -> None:

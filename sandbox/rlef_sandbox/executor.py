@@ -11,7 +11,19 @@ from types import TracebackType
 
 from rlef_sandbox import _core
 from rlef_sandbox.batch import Batch, must_be_of_this_process
-from rlef_sandbox.records import Call, Command, Job, Judge, Limits, Result, SandboxFault, Test, Verdict
+from rlef_sandbox.records import (
+    Call,
+    Command,
+    Job,
+    Judge,
+    Limits,
+    Result,
+    SandboxFault,
+    Tally,
+    Test,
+    Verdict,
+    is_number,
+)
 from rlef_sandbox.workers import start_workers
 
 
@@ -23,6 +35,9 @@ class Executor:
     machine that lacks one is refused. `readable` are paths that a `Command` may read besides the system's.
     `memory_cgroup` is a cgroup's folder that this process may write: below it the kernel ends programs at
     their memory limit, and counts what no process of theirs holds. `check_memory_cgroup` finds one.
+    `cores` are the numbers of those that workers and programs may use (default: all that this thread may use,
+    and then `workers` counts those). `patience_s` is how long after a test's wall limit a worker that does
+    not answer, because it is stopped or starved, is waited for; then its program gets another worker.
 
     Raises ValueError for bad arguments, SandboxFault when the workers cannot be started or isolated.
     """
@@ -35,9 +50,17 @@ class Executor:
         allow_missing: Collection[str] = (),
         readable: Collection[str] = (),
         memory_cgroup: str | None = None,
+        cores: Collection[int] | None = None,
+        patience_s: float = 60.0,
     ) -> None:
+        if cores is not None and not (cores and set(cores) <= os.sched_getaffinity(0)):
+            raise ValueError(
+                f"cores is {cores!r}: give some of those that this thread may use, {os.sched_getaffinity(0)}"
+            )
+        if not (is_number(patience_s) and 0 < patience_s <= 86_400):
+            raise ValueError(f"patience_s is {patience_s!r}: give a number of seconds in (0, 86400]")
         if workers is None:
-            workers = len(os.sched_getaffinity(0))
+            workers = len(set(cores or os.sched_getaffinity(0)))
         if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= _MOST_WORKERS:
             raise ValueError(f"workers is {workers!r}: give a whole number from 1 to {_MOST_WORKERS}")
         if memory_cgroup is not None and not Path(memory_cgroup).is_absolute():
@@ -45,7 +68,12 @@ class Executor:
         self._limits = limits or Limits()
         self._owner = os.getpid()
         self._supervisor = start_workers(
-            workers, allow_missing=allow_missing, readable=readable, memory_cgroup=memory_cgroup
+            workers,
+            allow_missing=allow_missing,
+            readable=readable,
+            memory_cgroup=memory_cgroup,
+            cores=cores,
+            patience_s=patience_s,
         )
         try:
             self._try_out()
@@ -153,6 +181,11 @@ class Executor:
         """How many workers have been replaced because they died or could not be started."""
         must_be_of_this_process(self._owner)
         return self._supervisor.restarts()
+
+    def take_tally(self) -> Tally:
+        """What there was since it was last asked for, or since the start."""
+        must_be_of_this_process(self._owner)
+        return Tally(*self._supervisor.take_tally())
 
     def worker_pids(self) -> list[int]:
         """The worker processes that live now."""

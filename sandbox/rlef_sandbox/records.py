@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from math import isfinite
@@ -51,7 +51,7 @@ class Tokens:
     def __post_init__(self) -> None:
         for name in ("absolute", "relative"):
             tolerance = getattr(self, name)
-            if not (_is_number(tolerance) and tolerance >= 0):
+            if not (is_number(tolerance) and tolerance >= 0):
                 raise ValueError(f"{name} is {tolerance!r}: give a number from 0")
 
 
@@ -187,7 +187,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("cpu_s", "wall_s"):
             seconds = getattr(self, name)
-            if seconds is not None and not (_is_number(seconds) and 0 < seconds <= 86_400):
+            if seconds is not None and not (is_number(seconds) and 0 < seconds <= 86_400):
                 raise ValueError(f"{name} is {seconds!r}: give a number of seconds in (0, 86400]")
         for name, least in _LEAST.items():
             value = getattr(self, name)
@@ -218,7 +218,7 @@ def _shown(value: object) -> str:
     return reprlib.repr(value).replace("\n", " ")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
@@ -287,3 +287,26 @@ class Result:
     peak_memory_bytes: int  # resident, the bare interpreter's share included
     stopped_by: StoppedBy | None = None  # what ended it, when it did not end of itself
     files: Mapping[str, bytes] = field(default_factory=dict)  # those of `Command.outputs` that are there
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What an executor had to do in some time, and what held it up."""
+
+    programs: int = 0  # that ended, with all their tests
+    restarts: int = 0  # workers replaced because they died, did not answer or could not be started
+    retries: int = 0  # programs that went to another worker, with the tests that were left, because of that
+    longest_s: float = 0.0  # of a program: wall clock from its first worker to its end, all tests
+    alone_s: float = 0.0  # the longest that one program went on when all others had ended
+
+    @classmethod
+    def of_all(cls, tallies: Iterable[Tally]) -> Tally:
+        """Of executors side by side: counts add up, and of seconds the most is kept."""
+        each = list(tallies)
+        return cls(
+            programs=sum(tally.programs for tally in each),
+            restarts=sum(tally.restarts for tally in each),
+            retries=sum(tally.retries for tally in each),
+            longest_s=max((tally.longest_s for tally in each), default=0.0),
+            alone_s=max((tally.alone_s for tally in each), default=0.0),
+        )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlef_sandbox import _core
@@ -39,8 +40,12 @@ def start_workers(
     allow_missing: Collection[str],
     readable: Collection[str] = (),
     memory_cgroup: str | None = None,
+    cores: Collection[int] | None = None,
+    patience_s: float = 60.0,
 ) -> _core.Supervisor:
     """Start `count` workers and wait until each is isolated. Commands may read the paths `readable`, too.
+
+    Nothing of theirs runs outside `cores`: a filter denies programs the system call that would change it.
 
     Raises ValueError for a name that is no layer, SandboxFault when a layer is missing that `allow_missing`
     does not name, or when no worker can be started or put below `memory_cgroup`.
@@ -49,20 +54,36 @@ def start_workers(
     script = Path(__file__).with_name("worker.py")
     found = [path for path in _MACHINE if Path(path).exists()]
     seen = list(dict.fromkeys([*found, *map(_checked, readable)]))
-    supervisor = _core.Supervisor(
-        for_python=[interpreter, *_FLAGS, str(script), _core.__file__, str(os.getpid())],
-        for_commands=[str(COMMAND_WORKER), str(os.getpid()), ":".join(_DEVICES), *outermost(seen)],
-        environment=list(_ENVIRONMENT),
-        workers=count,
-        allowed_missing=mask_of(allow_missing),
-        memory_cgroup=memory_cgroup or "",
-    )
+    with _confined_to(cores):
+        supervisor = _core.Supervisor(
+            for_python=[interpreter, *_FLAGS, str(script), _core.__file__, str(os.getpid())],
+            for_commands=[str(COMMAND_WORKER), str(os.getpid()), ":".join(_DEVICES), *outermost(seen)],
+            environment=list(_ENVIRONMENT),
+            workers=count,
+            allowed_missing=mask_of(allow_missing),
+            memory_cgroup=memory_cgroup or "",
+            report_patience_s=patience_s,
+        )
     try:
         supervisor.wait_until_ready()
     except BaseException:
         supervisor.close()
         raise
     return supervisor
+
+
+@contextmanager
+def _confined_to(cores: Collection[int] | None) -> Iterator[None]:
+    """The supervisor's thread inherits the cores of the thread that makes it, and the workers inherit its."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # of this thread alone
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _checked(path: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlef_sandbox import Executor, Job, Limits, SandboxFault, Test, Verdict
+from rlef_sandbox import Executor, Job, Limits, SandboxFault, Tally, Test, Verdict
 from tests.sandbox.processes import descendants, is_alive, process_tree, wait_until
 
 ECHO = "print(input())"
@@ -226,6 +226,58 @@ def test_no_descriptor_is_left_open():
 def test_number_of_workers_must_be_sensible(workers):
     with pytest.raises(ValueError, match=r"workers is .*: give a whole number from 1 to 1024"):
         Executor(workers=workers)
+
+
+@pytest.mark.parametrize("cores", [[], [100_000], [-1]])
+def test_cores_must_be_some_that_the_caller_may_use(cores):
+    with pytest.raises(ValueError, match=r"cores is .*: give some of those that this thread may use"):
+        Executor(workers=1, cores=cores)
+
+
+@pytest.mark.parametrize("patience_s", [0, -1.0, float("nan"), float("inf"), "2", True])
+def test_patience_must_be_sensible(patience_s):
+    with pytest.raises(ValueError, match=r"patience_s is .*: give a number of seconds in \(0, 86400\]"):
+        Executor(workers=1, patience_s=patience_s)
+
+
+ON_WHICH_CORES = """
+import os
+print(*os.sched_getaffinity(0))
+try:
+    os.sched_setaffinity(0, range(64))
+except PermissionError:
+    print("denied")
+"""
+
+
+def test_programs_stay_on_the_cores_that_they_are_given_and_so_do_those_of_later_workers():
+    before = os.sched_getaffinity(0)
+    core = max(before)
+    with Executor(cores=[core]) as single:
+        assert os.sched_getaffinity(0) == before
+        [worker] = single.worker_pids()
+        first = single.run(ON_WHICH_CORES, [Test("", "")])[0]
+        os.kill(worker, signal.SIGKILL)
+        later = single.run(ON_WHICH_CORES, [Test("", "")])[0]
+        assert single.restarts() == 1
+
+    assert (first.stdout, later.stdout) == (f"{core}\ndenied\n",) * 2
+
+
+def test_the_tally_says_how_long_the_last_program_went_on_alone_and_begins_anew():
+    sleeps = [Job(f"import time; time.sleep({seconds})", [Test("", "")]) for seconds in (0.2, 1.5)]
+    with Executor(workers=2) as pair:
+        pair.take_tally()
+        pair.run_many(sleeps[1:])
+        one = pair.take_tally()
+        pair.run_many(sleeps)
+        both = pair.take_tally()
+
+        assert pair.take_tally() == Tally()
+    assert (one.programs, one.alone_s) == (1, 0.0)
+    assert (both.programs, both.restarts, both.retries) == (2, 0, 0)
+    assert 0.5 < both.alone_s < both.longest_s
+    assert both.longest_s >= 1.5
 
 
 def test_unknown_layer_is_named():

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rlef_sandbox import Executor, Limits, SandboxFault, Test, Verdict
+from rlef_sandbox import Executor, Job, Limits, SandboxFault, Test, Verdict
 from tests.sandbox.machines import NO_MEMORY_FILES
-from tests.sandbox.processes import wait_until
+from tests.sandbox.processes import descendants, wait_until
 
 
 def python(program: str, *options: str) -> list[str]:
@@ -225,6 +225,23 @@ def test_workers_killed_at_random_moments_change_no_verdict():
         wait_until(lambda: pair.restarts() == len(killed))
         wait_until(lambda: len(pair.worker_pids()) == 2)
         assert pair.run("print(input())", [Test("1", "1")])[0].verdict is Verdict.PASSED
+
+
+def test_programs_whose_workers_are_stopped_or_killed_are_run_again_in_bounded_time_and_counted():
+    program = "import time; n = int(input()); time.sleep(3 * (n == 1)); print(n)"
+    jobs = [Job(program, [Test("1", "1"), Test("2", "3")], limits=Limits(cpu_s=2.0, wall_s=6.0))] * 2
+    with Executor(workers=2, patience_s=2.0) as pair:
+        batch = pair.as_completed(jobs)
+        stopped, killed = pair.worker_pids()
+        wait_until(lambda: all(map(descendants, (stopped, killed))))  # both run a program
+        os.kill(stopped, signal.SIGSTOP)
+        os.kill(killed, signal.SIGKILL)
+        verdicts = [[result.verdict.value for result in results] for _, results in batch]
+        tally = pair.take_tally()
+
+    assert verdicts == [["passed", "wrong_output"]] * 2
+    assert (tally.restarts, tally.retries) == (2, 2)
+    assert tally.longest_s > 6.0 + 2.0  # the wall limit, and the patience with the one that was stopped
 
 
 FORKING_CALLER = """

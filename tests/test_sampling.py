@@ -48,7 +48,10 @@ def play(folder: Path, name: str, *settings: str) -> Played:
         learned_from.append(list(episodes))
         return learn(self, episodes, **options)
 
-    config = small_config(folder, f"run.steps={STEPS}", f"run.name={name}", *settings)
+    own = folder / f"rank-{os.environ.get('RANK', '0')}"  # each process writes its run file
+    own.mkdir(exist_ok=True)
+    shared = (f"run.output_dir={folder}", f"run.name={name}", f"run.steps={STEPS}")
+    config = small_config(own, *shared, *settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "step", remember)
         assert train_under_torchrun(config, "never") == 0

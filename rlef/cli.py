@@ -101,20 +101,95 @@ def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: b
 @_CONFIG
 @_OVERRIDES
 @click.option("--output", type=click.Path(path_type=Path), help="Also write the figures to this JSON file.")
+@click.option(
+    "--episodes",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Measure all budgets, turn limits and kinds of feedback, and keep dialogs and figures in FOLDER; "
+    "the same command goes on where it stopped.",
+)
+@click.option(
+    "--server", metavar="URL", help="Of an OpenAI-compatible API, whose model is evaluated instead."
+)
+@click.option("--model", metavar="NAME", help="The model's name on the server.")
+@click.option("--api-key-env", metavar="VARIABLE", help="Where in the environment the server's key is.")
 @_errors_in_one_line
-def evaluate(config_file: Path, overrides: tuple[str, ...], output: Path | None) -> None:
+def evaluate(
+    config_file: Path,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    episodes: Path | None,
+    server: str | None,
+    model: str | None,
+    api_key_env: str | None,
+) -> None:
     """Evaluate model.path on problems.eval: true, random and no feedback, and single responses."""
-    config = load_config(config_file, overrides)
-    check_inputs(config)
-    from rlef.standalone import evaluate_model
+    given = {"server.url": server, "server.model": model, "server.api_key_env": api_key_env}
+    config = load_config(
+        config_file, (*overrides, *(f"{name}={value}" for name, value in given.items() if value is not None))
+    )
+    if output is not None:
+        _require_writable(output)
+    if episodes is not None:
+        figures = _evaluate_matrix(config, episodes)
+    elif config.server.url:
+        raise ConfigError("a server's model is evaluated into a folder: name one by --episodes FOLDER")
+    else:
+        check_inputs(config)
+        from rlef.standalone import evaluate_model
+
+        figures = evaluate_model(config)
+        for name, (low, high) in figures["intervals"].items():
+            click.echo(f"{name:>22}  {figures[name]:.3f}  [{low:.3f}, {high:.3f}]")
+    if output is not None:
+        write_text(output, json.dumps(figures, indent=1) + "\n")
+
+
+def _evaluate_matrix(config: Config, folder: Path) -> dict[str, Any]:
+    from rich.console import Console
+
+    from rlef.chat_server import ServerFault, check_server
+    from rlef.evaluation_page import PAGE_FILE, matrix_table, write_page
+    from rlef.measurement import at_its_extremes, check_matrix
+    from rlef.standalone import evaluate_matrix
+
+    config = at_its_extremes(config)
+    check_matrix()
+    if config.server.url:
+        check_server(config.server)
+        _check_problems_and_executor(config)
+    else:
+        check_inputs(config)
+    try:
+        figures = evaluate_matrix(config, folder, note=click.echo)
+    except (ServerFault, SandboxFault) as fault:
+        click.echo(f"rlef: error: {fault}; the same command goes on from here", err=True)
+        sys.exit(1)
+    write_page(folder)
+    Console().print(matrix_table(figures))
+    click.echo(f"page: {folder / PAGE_FILE}")
+    return figures
+
+
+@main.command()
+@click.argument("first", metavar="A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Also write the differences to this JSON file."
+)
+@_errors_in_one_line
+def compare(first: Path, second: Path, output: Path | None) -> None:
+    """Compare two evaluations of the same problems, B minus A: folders of `rlef eval --episodes`."""
+    from rich.console import Console
+
+    from rlef.comparison import compare_evaluations, comparison_table
 
     if output is not None:
         _require_writable(output)
-    figures = evaluate_model(config)
+    differences = compare_evaluations(first, second)
     if output is not None:
-        write_text(output, json.dumps(figures, indent=1) + "\n")
-    for name, (low, high) in figures["intervals"].items():
-        click.echo(f"{name:>22}  {figures[name]:.3f}  [{low:.3f}, {high:.3f}]")
+        write_text(output, json.dumps([asdict(row) for row in differences], indent=1) + "\n")
+    Console().print(comparison_table(differences))
 
 
 @main.command()
@@ -293,8 +368,6 @@ def check_inputs(config: Config) -> None:
 
     A `ConfigError` says what to mend.
     """
-    from rlef import problems
-    from rlef.execution import open_executor, share_of_cores
     from rlef.families import read_shape
     from rlef.pretrained import StoredWeights, model_folder
     from rlef.prompts import Dialog
@@ -308,6 +381,13 @@ def check_inputs(config: Config) -> None:
     check_context(config, shape.max_position_embeddings)
     check_sampler(config, shape)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
+    _check_problems_and_executor(config)
+
+
+def _check_problems_and_executor(config: Config) -> None:
+    from rlef import problems
+    from rlef.execution import open_executor, share_of_cores
+
     problems.check(config)
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.processes))
     share_of_cores(config.executor, os.sched_getaffinity(0), processes=processes_here, index=0)

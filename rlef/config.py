@@ -12,7 +12,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -150,6 +150,15 @@ class OptimizerConfig(Section):
     clip_grad: PositiveFloat = 1.0
 
 
+class Budget(Section):
+    """n@k: at most n submissions, chosen among k responses that are sampled so."""
+
+    n: PositiveInt
+    k: PositiveInt
+    temperature: NonNegativeFloat
+    top_p: Fraction
+
+
 class EvaluationConfig(Section):
     turns: PositiveInt = 3  # the budget of responses, whatever training used
     every_steps: NonNegativeInt = 0  # 0: only at the start and at the end
@@ -157,6 +166,28 @@ class EvaluationConfig(Section):
     temperature: NonNegativeFloat = 0.2
     top_p: Fraction = 0.95
     bootstrap_samples: PositiveInt = 200
+    # What follows is for `rlef eval --episodes`.
+    budgets: Annotated[tuple[Budget, ...], Field(strict=False, min_length=1)] = (
+        Budget(n=1, k=3, temperature=0.2, top_p=0.95),
+        Budget(n=10, k=100, temperature=1.0, top_p=0.95),
+    )
+    turn_limits: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] = (1, 3, 5, 10)
+    feedback: Annotated[tuple[FeedbackKind, ...], Field(strict=False, min_length=1)] = (
+        "true",
+        "none",
+        "random",
+    )
+
+
+class ServerConfig(Section):
+    """An OpenAI-compatible server whose model `rlef eval` measures."""
+
+    url: str = ""  # of the API, such as http://127.0.0.1:8000/v1; empty: model.path is evaluated
+    model: str = ""  # its name on the server
+    api_key_env: str = ""  # the environment variable that holds the key; empty: none is sent
+    concurrency: PositiveInt = 32  # requests at once
+    timeout_s: PositiveFloat = 600.0  # of one request
+    retries: NonNegativeInt = 5  # of one request, with growing pauses
 
 
 class CheckpointConfig(Section):
@@ -177,6 +208,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    server: ServerConfig = ServerConfig()
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -211,6 +243,7 @@ def check_arithmetic(config: Config) -> None:
             "rollout.feedback = 'random' takes what other programs of the same turn were told, so it needs "
             "rollout.overlap = false and rollout.max_staleness = 0"
         )
+    _check_evaluation(config.evaluation)
     episodes, updates = config.rollout.episodes_per_step, config.ppo.updates_per_step
     if episodes % updates:
         raise ConfigError(
@@ -247,6 +280,18 @@ def of_learners(config: Config) -> Config:
     """The settings without the processes that only sample, for what takes the learners alone."""
     sizes = {"processes": config.parallel.learners, "sampling_processes": 0}
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    for name in ("budgets", "turn_limits", "feedback"):
+        values = getattr(evaluation, name)
+        if len(set(values)) < len(values):
+            raise ConfigError(f"evaluation.{name} names one of its values twice; name each once")
+    for budget in evaluation.budgets:
+        if budget.n > budget.k:
+            raise ConfigError(
+                f"evaluation.budgets: n = {budget.n} submissions of k = {budget.k} responses; n is at most k"
+            )
 
 
 def longest_dialog(config: Config) -> int:
@@ -314,14 +359,22 @@ def _annotation(section: str, key: str) -> object:
 
 def _read_value(annotation: object, text: str) -> Any:
     """The command line's text in the setting's type: bare words need no quotes, lists no brackets."""
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = _read_toml(text)
     if get_origin(annotation) is tuple and not isinstance(value, list):
-        return [word.strip() for word in text.split(",") if word.strip()]
-    is_text = annotation is str or get_origin(annotation) is Literal
-    return text if is_text and not isinstance(value, str) else value
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        return words if _is_text(get_args(annotation)[0]) else [_read_toml(word) for word in words]
+    return text if _is_text(annotation) and not isinstance(value, str) else value
+
+
+def _read_toml(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _is_text(annotation: object) -> bool:
+    return annotation is str or get_origin(annotation) is Literal
 
 
 def explain(invalid: ValidationError) -> str:
@@ -331,12 +384,18 @@ def explain(invalid: ValidationError) -> str:
     name = ".".join(path)
     if error["type"] != "extra_forbidden":
         return f"{name} = {error['input']!r}: {error['msg']}"
-    known: list[str] = list(Config.model_fields)
-    if len(path) > 1:
-        section = Config.model_fields[path[0]].annotation
-        assert isinstance(section, type)
-        assert issubclass(section, BaseModel)
-        known = list(section.model_fields)
+    known = _settings_beside(path)
     near = difflib.get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {'.'.join((*path[:-1], near[0]))!r}?" if near else "known keys: " + ", ".join(known)
     return f"unknown setting {name!r}; {hint}"
+
+
+def _settings_beside(path: Sequence[str]) -> list[str]:
+    """What could stand in the place of a path's last name: in the tree, a section or a section's tables."""
+    table: Any = Config
+    for name in path[:-1]:
+        if name.isdecimal():  # the place in a list of tables
+            continue
+        annotation = table.model_fields[name].annotation
+        table = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+    return list(table.model_fields)

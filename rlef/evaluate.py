@@ -16,11 +16,9 @@ four are compared at one budget of `turns` responses:
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,14 +27,22 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from rlef.analysis import (
+    identical_resubmission_rate,
+    mean,
+    outcomes_by_turn,
+    repair_rate,
+    tallies,
+    transitions,
+)
 from rlef.config import Config, FeedbackKind, RewardConfig
 from rlef.files import write_text
 from rlef.ports import SamplingParams
 from rlef.prompts import Dialog
-from rlef.records import Episode, Problem, Turn, TurnOutcome
+from rlef.records import Episode, Problem
 from rlef.report import DialogExample, Message
 from rlef.rewards import turn_rewards
-from rlef.solve_rate import Estimate, Resample, Tally, estimate_n_at_k
+from rlef.solve_rate import Estimate, Resample, estimate_n_at_k
 
 SINGLE_TURN = "single_turn"
 _FEEDBACK: Mapping[str, FeedbackKind] = {
@@ -46,7 +52,7 @@ _FEEDBACK: Mapping[str, FeedbackKind] = {
     SINGLE_TURN: "none",
 }
 CONDITIONS = tuple(_FEEDBACK)
-_SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training draws
+SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training draws
 _BROWSED = ("true_feedback", "random_feedback")  # conditions whose dialogs go into the report
 
 
@@ -107,7 +113,7 @@ def evaluate(
     """
     started = time.monotonic()
     settings, turns = config.evaluation, config.evaluation.turns
-    seed = config.run.seed + _SEED_OFFSET
+    seed = config.run.seed + SEED_OFFSET
     params = SamplingParams(
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -159,13 +165,13 @@ def report_on(
     Raises:
         ValueError: there are no episodes, or a problem has fewer single responses than the budget.
     """
-    first_responses = _tally(episodes, first_only=True)
-    whole = _tally(episodes, first_only=False)
+    first_responses = tallies(episodes, first_only=True)
+    whole = tallies(episodes)
     budget_samples = turns if condition == SINGLE_TURN else 1
     resample: Resample = "problems" if min(tally.samples for tally in whole) == budget_samples else "rollouts"
     one_at_one, one_at_budget = (
-        estimate_n_at_k(tallies, n=1, k=k, resamples=resamples, generator=generator, resample=resample)
-        for tallies, k in ((first_responses, 1), (whole, budget_samples))
+        estimate_n_at_k(tallied, n=1, k=k, resamples=resamples, generator=generator, resample=resample)
+        for tallied, k in ((first_responses, 1), (whole, budget_samples))
     )
     return EvaluationReport(
         condition=condition,
@@ -187,10 +193,10 @@ def episode_metrics(episodes: Sequence[Episode], rewards: RewardConfig) -> dict[
     """What a training step's own episodes say, under the names that `telemetry` documents."""
     repaired, repeated = repair_rate(episodes), identical_resubmission_rate(episodes)
     return {
-        "solve_rate": _mean([episode.solved for episode in episodes]),
-        "first_turn_solve_rate": _mean([episode.solved and len(episode.turns) == 1 for episode in episodes]),
+        "solve_rate": mean([episode.solved for episode in episodes]),
+        "first_turn_solve_rate": mean([episode.solved and len(episode.turns) == 1 for episode in episodes]),
         "reward": mean_reward(episodes, rewards),
-        "turns": _mean([len(episode.turns) for episode in episodes]),
+        "turns": mean([len(episode.turns) for episode in episodes]),
         "response_tokens": mean_response_tokens(episodes),
         "sampled_tokens": float(sum(sum(episode.sampled) for episode in episodes)),
         **({} if repaired is None else {"repair_rate": repaired}),
@@ -200,50 +206,11 @@ def episode_metrics(episodes: Sequence[Episode], rewards: RewardConfig) -> dict[
 
 def mean_reward(episodes: Sequence[Episode], rewards: RewardConfig) -> float:
     """Reward of an episode, its turns added up, without the KL term."""
-    return _mean([sum(turn_rewards(episode, rewards)) for episode in episodes])
-
-
-def repair_rate(episodes: Sequence[Episode]) -> float | None:
-    """Of the episodes whose first response fails publicly, those that are solved in the end."""
-    failed_first = [episode for episode in episodes if episode.turns[0].outcome is not TurnOutcome.PASSED]
-    return _mean([episode.solved for episode in failed_first]) if failed_first else None
-
-
-def identical_resubmission_rate(episodes: Sequence[Episode]) -> float | None:
-    """Of the responses after a first one, those whose code equals that of the one before.
-
-    Twice no code is not a resubmission.
-    """
-    pairs = _consecutive_turns(episodes)
-    return (
-        _mean([later.code is not None and later.code == earlier.code for earlier, later in pairs])
-        if pairs
-        else None
-    )
+    return mean([sum(turn_rewards(episode, rewards)) for episode in episodes])
 
 
 def mean_response_tokens(episodes: Sequence[Episode]) -> float:
-    return _mean([turn.end - turn.start for episode in episodes for turn in episode.turns])
-
-
-def outcomes_by_turn(episodes: Sequence[Episode]) -> tuple[dict[str, int], ...]:
-    """How often each outcome, turn by turn. An episode that has ended counts in no later turn."""
-    longest = max(len(episode.turns) for episode in episodes)
-    counts = [
-        Counter(episode.turns[place].outcome for episode in episodes if place < len(episode.turns))
-        for place in range(longest)
-    ]
-    return tuple({outcome.value: count[outcome] for outcome in TurnOutcome} for count in counts)
-
-
-def transitions(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
-    """How often one outcome was followed by another; only pairs that occurred."""
-    counts = Counter((earlier.outcome, later.outcome) for earlier, later in _consecutive_turns(episodes))
-    table: dict[str, dict[str, int]] = {}
-    for earlier, later in itertools.product(TurnOutcome, TurnOutcome):
-        if counts[earlier, later]:
-            table.setdefault(earlier.value, {})[later.value] = counts[earlier, later]
-    return table
+    return mean([turn.end - turn.start for episode in episodes for turn in episode.turns])
 
 
 def dialog_examples(
@@ -309,36 +276,6 @@ def run_summary(
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """As a whole or not at all."""
     write_text(path, json.dumps(summary, indent=1, allow_nan=False) + "\n")
-
-
-def _tally(episodes: Sequence[Episode], *, first_only: bool) -> list[Tally]:
-    """One tally per problem, of whole episodes or of their first responses alone."""
-    if not episodes:
-        raise ValueError("there are no episodes to evaluate: give at least one problem")
-    by_problem: dict[str, list[Episode]] = {}
-    for episode in episodes:
-        by_problem.setdefault(episode.problem_id, []).append(episode)
-    tallies: list[Tally] = []
-    for group in by_problem.values():
-        # A first response that passes publicly ends its episode, so the others' first responses are no
-        # candidates.
-        candidates = [episode for episode in group if not first_only or len(episode.turns) == 1]
-        tallies.append(
-            Tally(
-                samples=len(group),
-                passed_public=sum(episode.passed_public for episode in candidates),
-                solved=sum(episode.solved for episode in candidates),
-            )
-        )
-    return tallies
-
-
-def _consecutive_turns(episodes: Sequence[Episode]) -> list[tuple[Turn, Turn]]:
-    return [pair for episode in episodes for pair in itertools.pairwise(episode.turns)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _evenly_spaced(total: int, count: int) -> list[int]:

@@ -6,7 +6,6 @@ The page is made from three files in the run's folder, so that it can be made ag
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -18,12 +17,10 @@ from typing import Any
 
 import jinja2
 import markupsafe
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
+from rlef.charts import INK, SERIES, inline_svg, new_figure
 from rlef.files import write_text
 from rlef.records import StepStats, TurnOutcome
 from rlef.telemetry import BETWEEN_STEPS, METRICS_FILE, SECONDS, executor_trouble, read_metrics
@@ -119,13 +116,6 @@ _CHARTS = (
     _Chart(title="Longest program", metric="executor/longest_s", unit="seconds"),
 )
 
-# Stand-ins that matplotlib writes and the page replaces, so that curves follow its light or dark colours.
-_INK, _GRID = "#010101", "#020202"
-_SERIES = tuple(f"#03030{digit}" for digit in range(1, 8))
-_CSS_COLOURS = {_INK: "var(--soft)", _GRID: "var(--line)"} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, start=1)
-}
-
 
 def write_report(directory: Path) -> Path:
     """Make `report.html` from a run's folder. Curves and dialogs may be missing, the summary may not.
@@ -150,7 +140,7 @@ def render_report(
     name: str, summary: Mapping[str, Any], *, metrics: Sequence[StepStats], dialogs: Sequence[DialogExample]
 ) -> str:
     """The page as one string without any reference to the outside."""
-    return _template().render(
+    return page_template("report.html.jinja").render(
         name=name,
         summary=summary,
         budget=_budget(summary),
@@ -243,7 +233,8 @@ def text_segments(text: str) -> list[tuple[bool, str]]:
 
 
 @cache
-def _template() -> jinja2.Template:
+def page_template(name: str) -> jinja2.Template:
+    """A page of this package; what it shows is escaped, and what it lacks is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -253,7 +244,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters["segments"] = text_segments
     environment.filters["words"] = lambda value: value.replace("_", " ")
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def _budget(summary: Mapping[str, Any]) -> str:
@@ -366,41 +357,24 @@ def _charts(metrics: Sequence[StepStats]) -> list[tuple[str, markupsafe.Markup]]
     for chart in _CHARTS:
         points = [(stats.step, stats.metrics.get(chart.metric, math.nan)) for stats in metrics]
         if any(math.isfinite(value) for _, value in points):
-            figure, axes = _figure(chart.unit)
+            figure, axes = new_figure("step", chart.unit)
             _draw_curve(axes, points)
-            charts.append((chart.title, _svg(figure, chart.title)))
+            charts.append((chart.title, inline_svg(figure, chart.title)))
     between = {f"{SECONDS}/{phase}" for phase in BETWEEN_STEPS}
     recorded = {name for stats in metrics for name in stats.metrics if name.startswith(f"{SECONDS}/")}
     phases = sorted(recorded - between)
     if phases:
-        figure, axes = _figure("seconds a step")
+        figure, axes = new_figure("step", "seconds a step")
         _draw_phases(axes, metrics, phases)
-        charts.append(("Seconds by phase", _svg(figure, "Seconds by phase")))
+        charts.append(("Seconds by phase", inline_svg(figure, "Seconds by phase")))
     return charts
-
-
-def _figure(unit: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.set_xlabel("step", color=_INK, fontsize=9)
-    axes.set_ylabel(unit, color=_INK, fontsize=9)
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return figure, axes
 
 
 def _draw_curve(axes: Axes, points: Sequence[tuple[int, float]]) -> None:
     """Every step faintly, and a running mean over about a twelfth of the run."""
     steps, values = zip(*points, strict=True)
-    axes.plot(steps, values, color=_SERIES[0], linewidth=1, alpha=0.35, marker=".", markersize=3)
-    axes.plot(steps, _running_mean(values, window=max(1, len(values) // 12)), color=_SERIES[0], linewidth=2)
+    axes.plot(steps, values, color=SERIES[0], linewidth=1, alpha=0.35, marker=".", markersize=3)
+    axes.plot(steps, _running_mean(values, window=max(1, len(values) // 12)), color=SERIES[0], linewidth=2)
 
 
 def _running_mean(values: Sequence[float], *, window: int) -> list[float]:
@@ -418,30 +392,12 @@ def _draw_phases(axes: Axes, metrics: Sequence[StepStats], phases: Sequence[str]
     for place, phase in enumerate(phases):
         seconds = [stats.metrics.get(phase, 0.0) for stats in metrics]
         top = [below + spent for below, spent in zip(floor, seconds, strict=True)]
-        colour = _SERIES[place % len(_SERIES)]
+        colour = SERIES[place % len(SERIES)]
         label = phase.removeprefix(f"{SECONDS}/").replace("_", " ")
         axes.bar(
             steps, seconds, bottom=floor, width=1.0, color=colour, linewidth=0, antialiased=False, label=label
         )
         floor = top
     axes.legend(
-        frameon=False, fontsize=9, labelcolor=_INK, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.22)
+        frameon=False, fontsize=9, labelcolor=INK, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.22)
     )
-
-
-def _svg(figure: Figure, title: str) -> markupsafe.Markup:
-    """The figure as an inline element: the page's colours, no fixed size, no identifier of another figure."""
-    stream = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    svg = stream.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| (?:width|height)="[\d.]+pt"| version="[\d.]+"', "", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
-    referred = set(re.findall(r"#([\w-]+)", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in referred else "", svg)
-    for stand_in, colour in _CSS_COLOURS.items():
-        svg = svg.replace(stand_in, colour)
-    label = markupsafe.escape(title)
-    return markupsafe.Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip())  # noqa: S704

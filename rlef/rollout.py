@@ -147,11 +147,11 @@ def collect(
         live = [attempt for attempt in live if not attempt.passed_public]
         if turn == turns - 1 or not live:
             break
-        for attempt, text in zip(live, _messages(live, feedback, settings), strict=True):
+        for attempt, text in zip(live, feedback_messages(live, feedback, settings), strict=True):
             attempt.observe(dialog.close(attempt.token_ids))
             attempt.observe(dialog.feedback(text))
     started = time.monotonic()
-    tests_run += _judge([attempt for attempt in attempts if attempt.passed_public], executor)
+    tests_run += judge_attempts([attempt for attempt in attempts if attempt.passed_public], executor)
     executing_s += time.monotonic() - started
     return Collection(
         episodes=[attempt.episode() for attempt in attempts],
@@ -216,7 +216,9 @@ def _run_public_tests(
     return all_results
 
 
-def _messages(attempts: Sequence[Attempt], feedback: FeedbackKind, settings: RolloutConfig) -> list[str]:
+def feedback_messages(
+    attempts: Sequence[Attempt], feedback: FeedbackKind, settings: RolloutConfig
+) -> list[str]:
     """The feedback that each failed attempt is shown."""
     if feedback == "none":
         return [prompts.untold_text()] * len(attempts)
@@ -253,7 +255,7 @@ def _unrelated_message(index: int, attempts: Sequence[Attempt], messages: Sequen
     return prompts.untold_text()
 
 
-def _judge(attempts: Sequence[Attempt], executor: Executor) -> int:
+def judge_attempts(attempts: Sequence[Attempt], executor: Executor) -> int:
     """Run the private tests of attempts whose public tests pass, up to the first failure; how many were
     run."""
     all_results = executor.run_many([attempt.private_job() for attempt in attempts])

@@ -37,8 +37,17 @@ _FREE_TO_CHANGE = {
     "executor.allow_missing",
     "executor.memory_cgroup",
     "evaluation.every_steps",
+    "evaluation.budgets",
+    "evaluation.turn_limits",
+    "evaluation.feedback",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "server.url",
+    "server.model",
+    "server.api_key_env",
+    "server.concurrency",
+    "server.timeout_s",
+    "server.retries",
 }
 
 

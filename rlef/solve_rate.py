@@ -1,9 +1,9 @@
-"""The n@k average solve rate (PAPER.md section 5): exact, with bootstrap intervals.
+"""The n@k average solve rate (PAPER section 5): exact and by sampling, with bootstrap intervals.
 
 From k samples of one problem, those that pass the public tests are candidates; n of them, chosen at random,
 are submitted; the problem counts as solved if one submission passes all tests. What a *sample* is, is the
-caller's
-choice: a single response, or a whole rollout of t turns, which spends t responses of the budget.
+caller's choice: a single response, or a whole rollout of t turns, which spends t responses of the budget
+(`rollouts_within`).
 """
 
 from __future__ import annotations
@@ -46,6 +46,15 @@ class Estimate:
     high: float
 
 
+def rollouts_within(responses: int, *, turns: int) -> int:
+    """How many whole dialogs of up to `turns` responses a budget of `responses` pays for.
+
+    Every response counts as a sample: 100 of them are 33 dialogs of three turns. A dialog that ends early has
+    spent its turns all the same. 0 where the budget is smaller than one dialog.
+    """
+    return responses // turns
+
+
 def n_at_k(tally: Tally, *, n: int, k: int) -> float:
     """The exact expectation of AlphaCode's estimator for one problem.
 
@@ -60,12 +69,7 @@ def n_at_k(tally: Tally, *, n: int, k: int) -> float:
 
 @lru_cache(maxsize=1 << 16)
 def _n_at_k(samples: int, passed: int, solved: int, n: int, k: int) -> float:
-    if n < 1:
-        raise ValueError(f"n is {n}: at least 1 submission is needed")
-    if not 1 <= k <= samples:
-        raise ValueError(
-            f"k is {k}, but the problem has {samples} samples: choose 1 <= k <= samples, or draw more"
-        )
+    _check_budget(samples, n, k)
     unsolved = 0.0
     for candidates in range(max(0, k - (samples - passed)), min(k, passed) + 1):
         ways = math.comb(passed, candidates) * math.comb(samples - passed, k - candidates)
@@ -73,6 +77,33 @@ def _n_at_k(samples: int, passed: int, solved: int, n: int, k: int) -> float:
         misses = math.comb(passed - solved, submitted)
         unsolved += ways * misses / (math.comb(samples, k) * math.comb(passed, submitted))
     return max(0.0, 1.0 - unsolved)
+
+
+def _check_budget(samples: int, n: int, k: int) -> None:
+    if n < 1:
+        raise ValueError(f"n is {n}: at least 1 submission is needed")
+    if not 1 <= k <= samples:
+        raise ValueError(
+            f"k is {k}, but the problem has {samples} samples: choose 1 <= k <= samples, or draw more"
+        )
+
+
+def sampled_n_at_k(tally: Tally, *, n: int, k: int, draws: int, generator: np.random.Generator) -> float:
+    """The estimator as AlphaCode's Algorithm 1 states it: the share of `draws` in which a submission solves.
+
+    Its expectation is `n_at_k`, and its standard error sqrt(p (1 - p) / draws).
+
+    Raises:
+        ValueError: as `n_at_k`, or there are no draws.
+    """
+    _check_budget(tally.samples, n, k)
+    if draws < 1:
+        raise ValueError(f"draws is {draws}: at least 1 is needed")
+    others = tally.samples - tally.passed_public
+    candidates = generator.hypergeometric(tally.passed_public, others, k, size=draws)  # [draws]
+    wrong = tally.passed_public - tally.solved
+    solving = generator.hypergeometric(tally.solved, wrong, np.minimum(candidates, n))  # [draws]
+    return float(np.mean(solving > 0))
 
 
 def pass_at_k(tally: Tally, *, k: int) -> float:
@@ -124,6 +155,41 @@ def estimate_n_at_k(
         bias = means.mean() - value if k > 1 else 0.0
     low, high = np.clip(np.percentile(means, [2.5, 97.5]) - bias, 0.0, 1.0)
     return Estimate(value=value, low=float(low), high=float(high))
+
+
+def paired_difference(
+    first: Sequence[Tally],
+    second: Sequence[Tally],
+    *,
+    n: int,
+    k: int,
+    resamples: int,
+    generator: np.random.Generator,
+) -> Estimate:
+    """Mean n@k of `second` minus that of `first`, with the 95 % interval of a paired bootstrap.
+
+    The two are of the same problems in the same order. Each resample draws problems with replacement, the
+    same for both, so that what makes a problem hard for both does not widen the interval. It answers "what if
+    these were other problems of the kind".
+
+    Raises:
+        ValueError: the two do not pair, there are no resamples, or k does not fit the samples.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(
+            f"{len(first)} and {len(second)} tallies: a pair needs as many of one as of the other"
+        )
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}: a bootstrap needs at least 1")
+    gains = np.array(
+        [
+            n_at_k(after, n=n, k=k) - n_at_k(before, n=n, k=k)
+            for before, after in zip(first, second, strict=True)
+        ]
+    )  # [problems]
+    means = gains[generator.integers(len(gains), size=(resamples, len(gains)))].mean(axis=1)  # [resamples]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(value=float(gains.mean()), low=float(low), high=float(high))
 
 
 def _resampled_rollouts(

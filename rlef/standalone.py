@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+import time
 from collections import deque
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlef import problems as sources
+from rlef.chat_server import ChatServer
 from rlef.checkpoint import CheckpointStore
-from rlef.config import Config, ConfigError
-from rlef.evaluate import evaluate, summarise
+from rlef.config import Config, ConfigError, RolloutConfig
+from rlef.evaluate import SEED_OFFSET, evaluate, summarise
+from rlef.evaluation_folder import EvaluationFolder, Play, figures_of, identity_of, weights_digest
 from rlef.execution import open_executor
 from rlef.families import read_config, read_shape, with_dtype
+from rlef.measurement import draws_of, measure
 from rlef.megatron_policy import build_policy, leave
+from rlef.ports import SamplingParams, StreamingSampler
 from rlef.pretrained import StoredWeights, model_folder, read_pretrained, write_config, write_weights
 from rlef.prompts import Dialog
+from rlef.records import Episode, Problem
 from rlef.rollout import collect
 from rlef.run_folder import RunFolder
 from rlef.samplers import build_sampler
+from rlef.served_rollouts import collect_served
+from rlef.transcripts import Transcript, of_episode
+from rlef_sandbox import Executor
 
 SOURCE = "source"
+_BATCHES = (
+    4  # of dialogs that are sampled at once: few wait for the last one, and little is lost when it stops
+)
 _OTHER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,6 +54,75 @@ _OTHER_FILES = (
 
 def evaluate_model(config: Config) -> dict[str, Any]:
     """The four conditions on `problems.eval`, in this process alone; figures as in `summary.json`."""
+    with _model(config) as model:
+        evaluation = evaluate(sources.load(config, "eval"), rollouts=model.episodes, config=config)
+    return summarise(evaluation)
+
+
+def evaluate_matrix(config: Config, path: Path, *, note: Callable[[str], None]) -> dict[str, Any]:
+    """Budgets x turn limits x kinds of feedback on `problems.eval`, kept in the folder `path`; what is there
+    already is not sampled again. The figures, as in its `evaluation.json`.
+
+    Raises:
+        ConfigError, ServerFault, SandboxFault: what to mend, or what failed; whole batches are kept.
+    """
+    is_served = bool(config.server.url)
+    problems = sources.load(config, "eval")
+    weights = None if is_served else weights_digest(model_folder(config.model.path))
+    identity = identity_of(config, problems, weights=weights)
+    folder = EvaluationFolder(path, identity)
+    drawn = {draw: folder.read(draw, problems) for draw in draws_of(config.evaluation)}
+    missing = [draw for draw, kept in drawn.items() if len(kept) < draw.rollouts * len(problems)]
+    if missing:
+        with (_server if is_served else _transcribed_model)(config) as play:
+            for draw in missing:
+                folder.complete(
+                    draw,
+                    problems,
+                    drawn[draw],
+                    play=play,
+                    params=SamplingParams(
+                        temperature=draw.temperature,
+                        top_p=draw.top_p,
+                        max_tokens=config.rollout.max_response_tokens,
+                        seed=config.run.seed + SEED_OFFSET,
+                    ),
+                    batch=_BATCHES * (config.server.concurrency if is_served else config.rollout.slots),
+                    note=note,
+                )
+    figures = figures_of(measure(drawn, config.evaluation, seed=config.run.seed), config, identity)
+    folder.write_figures(figures)
+    return figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """`model.path` and what is needed to talk with it."""
+
+    sampler: StreamingSampler
+    executor: Executor
+    dialog: Dialog
+    rollout: RolloutConfig
+
+    def episodes(self, problems: Sequence[Problem], **settings: Any) -> Sequence[Episode]:
+        return collect(
+            problems,
+            sampler=self.sampler,
+            executor=self.executor,
+            dialog=self.dialog,
+            settings=self.rollout,
+            **settings,
+        ).episodes
+
+    def transcripts(self, problems: Sequence[Problem], **settings: Any) -> list[Transcript]:
+        started = time.monotonic()
+        episodes = self.episodes(problems, **settings)
+        share = (time.monotonic() - started) / len(episodes)
+        return [of_episode(episode, self.dialog, seconds=share) for episode in episodes]
+
+
+@contextmanager
+def _model(config: Config) -> Iterator[_Model]:
     folder = model_folder(config.model.path)
     shape, weights = read_pretrained(folder)
     dialog = Dialog.read(folder, config.rollout)
@@ -47,21 +131,19 @@ def evaluate_model(config: Config) -> dict[str, Any]:
         open_executor(config.executor) as executor,
     ):
         sampler.push(weights.items(), version=0)
-        evaluation = evaluate(
-            sources.load(config, "eval"),
-            rollouts=lambda problems, **settings: (
-                collect(
-                    problems,
-                    sampler=sampler,
-                    executor=executor,
-                    dialog=dialog,
-                    settings=config.rollout,
-                    **settings,
-                ).episodes
-            ),
-            config=config,
-        )
-    return summarise(evaluation)
+        yield _Model(sampler=sampler, executor=executor, dialog=dialog, rollout=config.rollout)
+
+
+@contextmanager
+def _transcribed_model(config: Config) -> Iterator[Play]:
+    with _model(config) as model:
+        yield model.transcripts
+
+
+@contextmanager
+def _server(config: Config) -> Iterator[Play]:
+    with closing(ChatServer(config.server)) as server, open_executor(config.executor) as executor:
+        yield functools.partial(collect_served, server=server, executor=executor, settings=config.rollout)
 
 
 def export_policy(config: Config, folder: RunFolder, output: Path, *, dtype: str, max_file_bytes: int) -> int:

@@ -98,6 +98,9 @@ def test_a_file_overrides_defaults_and_the_command_line_overrides_the_file(tmp_p
         ("run.name=first", "run", "name", "first"),
         ('run.name="7"', "run", "name", "7"),
         ("model.path=/models/a=b", "model", "path", "/models/a=b"),
+        ("evaluation.turn_limits=1,3", "evaluation", "turn_limits", (1, 3)),
+        ("evaluation.turn_limits=3", "evaluation", "turn_limits", (3,)),
+        ("evaluation.feedback=true,none", "evaluation", "feedback", ("true", "none")),
         ('executor.allow_missing=["landlock"]', "executor", "allow_missing", ("landlock",)),
     ],
 )
@@ -127,6 +130,13 @@ def test_an_override_is_a_toml_value_or_a_bare_word(
         ("rollout.feedback=some", "rollout.feedback = 'some': Input should be 'true', 'none' or 'random'"),
         ("run.name=../other", "run.name = '../other': String should match pattern"),
         ("run.name=", "run.name = '': String should match pattern"),
+        ("evaluation.turn_limits=3,0", "evaluation.turn_limits.1 = 0: Input should be greater than or equal"),
+        ("evaluation.feedback=tru", "evaluation.feedback.0 = 'tru': Input should be 'true', 'none' or"),
+        ("evaluation.feedback=[]", "evaluation.feedback = []: Tuple should have at least 1 item"),
+        (
+            "evaluation.budgets=[{n=1,k=3,temperature=1,top_p=1,topp=1}]",
+            "unknown setting 'evaluation.budgets.0.topp'; did you mean 'evaluation.budgets.0.top_p'?",
+        ),
     ],
 )
 def test_a_wrong_override_is_named_with_its_mend(tmp_path: Path, override: str, message: str) -> None:
@@ -183,6 +193,14 @@ def test_settings_do_not_change(tmp_path: Path) -> None:
         (
             ("parallel.sequence_parallel=true",),
             "parallel.sequence_parallel = true splits the tokens over tensor parallel ranks, and parallel.",
+        ),
+        (
+            ("evaluation.turn_limits=3,3",),
+            "evaluation.turn_limits names one of its values twice; name each once",
+        ),
+        (
+            ("evaluation.budgets=[{n=5,k=3,temperature=0.2,top_p=1}]",),
+            "evaluation.budgets: n = 5 submissions of k = 3 responses; n is at most k",
         ),
         (
             ("rollout.episodes_per_step=4", "ppo.updates_per_step=2", "parallel.processes=3"),

@@ -94,7 +94,9 @@ def allowed_values(schema: dict[str, Any]) -> str:
     if schema["type"] == "string":
         return "name" if "pattern" in schema else "text"
     if schema["type"] == "array":
-        return "list of names"
+        of_names = "enum" in schema["items"] or schema["items"].get("type") == "string"
+        of = "tables" if "$ref" in schema["items"] else "names" if of_names else "integers"
+        return f"list of {of}"
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
     bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
     return f"{schema['type']} {bounds}".strip()
@@ -128,7 +130,7 @@ def test_a_setting_that_is_named_exists(document: Path) -> None:
     sections = "|".join(Config.model_fields)
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     for name in re.findall(rf"`((?:{sections})\.[a-z_]+\*?)(?: = [^`]*)?`", text):
-        if name.split(".")[1] in {"py", "safetensors"}:
+        if name.split(".")[1] in {"py", "safetensors", "json", "html"}:  # a file
             continue
         assert any(re.fullmatch(name.replace("*", ".*"), setting) for setting in known), name
 

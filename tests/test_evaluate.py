@@ -13,54 +13,16 @@ from rlef.evaluate import (
     dialog_examples,
     episode_metrics,
     evaluate,
-    identical_resubmission_rate,
-    outcomes_by_turn,
-    repair_rate,
     report_on,
     run_summary,
     summarise,
-    transitions,
     write_summary,
 )
 from rlef.ports import SamplingParams
 from rlef.prompts import Dialog
-from rlef.records import Episode, Problem, Turn, TurnOutcome
+from rlef.records import Episode, Problem, Turn
 from rlef.report import Message
-
-PASSED, WRONG, NO_CODE = TurnOutcome.PASSED, TurnOutcome.WRONG_OUTPUT, TurnOutcome.NO_CODE
-
-
-def episode(
-    *outcomes: TurnOutcome,
-    solved: bool = False,
-    problem: str = "p",
-    number: int = 0,
-    codes: Sequence[str | None] | None = None,
-) -> Episode:
-    """A prompt of one token, then responses of two tokens with one token of feedback between them."""
-    codes = codes or [f"program {place}" for place in range(len(outcomes))]
-    turns = tuple(
-        Turn(
-            start=1 + 3 * place,
-            end=3 + 3 * place,
-            finish_reason="stop",
-            code=code,
-            outcome=outcome,
-            public_results=(),
-        )
-        for place, (outcome, code) in enumerate(zip(outcomes, codes, strict=True))
-    )
-    length = turns[-1].end
-    return Episode(
-        problem_id=problem,
-        number=number,
-        token_ids=list(range(length)),
-        sampled=[place % 3 != 0 for place in range(length)],
-        logprobs=[0.0] * length,
-        versions=[0] * length,
-        turns=turns,
-        solved=solved,
-    )
+from tests.evaluation_examples import NO_CODE, PASSED, WRONG, episode
 
 
 def report(episodes: Sequence[Episode], *, condition: str = "true_feedback") -> EvaluationReport:
@@ -152,35 +114,6 @@ def test_problems_are_resampled_where_each_was_attempted_once() -> None:
 def test_no_episodes_are_refused() -> None:
     with pytest.raises(ValueError, match="there are no episodes to evaluate: give at least one problem"):
         report([])
-
-
-def test_repairs_are_counted_among_the_episodes_whose_first_turn_failed() -> None:
-    episodes = [
-        episode(PASSED, solved=True),
-        episode(WRONG, PASSED, solved=True),
-        episode(WRONG, WRONG, PASSED),
-    ]
-    assert repair_rate(episodes) == 0.5
-    assert repair_rate(episodes[:1]) is None
-
-
-def test_only_code_that_equals_the_one_before_is_a_resubmission() -> None:
-    repeated = episode(WRONG, WRONG, WRONG, codes=["a", "a", "b"])
-    empty = episode(NO_CODE, NO_CODE, codes=[None, None])
-    assert identical_resubmission_rate([repeated]) == 0.5
-    assert identical_resubmission_rate([empty]) == 0.0
-    assert identical_resubmission_rate([episode(PASSED)]) is None
-
-
-def test_an_ended_episode_counts_in_no_later_turn() -> None:
-    first, second = outcomes_by_turn([episode(PASSED), episode(WRONG, NO_CODE, codes=["a", None])])
-    assert (first["passed"], first["wrong_output"], sum(first.values())) == (1, 1, 2)
-    assert (second["no_code"], sum(second.values())) == (1, 1)
-
-
-def test_transitions_count_each_pair_of_consecutive_outcomes() -> None:
-    table = transitions([episode(WRONG, WRONG, PASSED), episode(WRONG, PASSED), episode(PASSED)])
-    assert table == {"wrong_output": {"wrong_output": 1, "passed": 2}}
 
 
 def test_reward_and_length_are_means_over_episodes_and_responses() -> None:

@@ -20,6 +20,8 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "advantages",
             "byte_level_bpe",
+            "charts",
+            "chat_server",
             "chat_template",
             "execution",
             "families",
@@ -34,9 +36,18 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"attention", "hidden_conventions", "launch", "megatron_cpu", "pretrained", "run_folder", "words"}
+        {
+            "analysis",
+            "attention",
+            "hidden_conventions",
+            "launch",
+            "megatron_cpu",
+            "pretrained",
+            "run_folder",
+            "words",
+        }
     ),
-    frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model"}),
+    frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
     frozenset({"weights"}),
     frozenset(
         {
@@ -46,13 +57,26 @@ FLOORS: tuple[frozenset[str], ...] = (
             "plan_time",
             "report",
             "rollout",
+            "measurement",
             "torch_policy",
             "torch_sampler",
             "vllm_sampler",
         }
     ),
-    frozenset({"doctor", "evaluate", "gguf_import", "plan", "pretrain", "samplers", "streaming"}),
-    frozenset({"asynchronous", "plan_report", "standalone"}),
+    frozenset(
+        {
+            "doctor",
+            "evaluate",
+            "evaluation_folder",
+            "gguf_import",
+            "plan",
+            "pretrain",
+            "samplers",
+            "served_rollouts",
+            "streaming",
+        }
+    ),
+    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
     frozenset({"sampling"}),
     frozenset({"train"}),
     frozenset({"cli"}),
@@ -66,6 +90,8 @@ DOORS = {
     "flash_attn": {"attention"},
     "gguf": {"gguf_import"},
     "transformers": set(),
+    "openai": {"chat_server"},
+    "sacrebleu": {"analysis"},
     "triton": {path.stem for path in (ROOT / "kernels" / "rlef_kernels").glob("_*_triton.py")},
 }
 

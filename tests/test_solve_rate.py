@@ -4,10 +4,20 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlef.solve_rate import Resample, Tally, estimate_n_at_k, mean_n_at_k, n_at_k, pass_at_k
+from rlef.solve_rate import (
+    Resample,
+    Tally,
+    estimate_n_at_k,
+    mean_n_at_k,
+    n_at_k,
+    paired_difference,
+    pass_at_k,
+    rollouts_within,
+    sampled_n_at_k,
+)
 
 
 @st.composite
@@ -15,16 +25,6 @@ def tallies(draw: st.DrawFn, largest: int = 8) -> Tally:
     samples = draw(st.integers(1, largest))
     passed_public = draw(st.integers(0, samples))
     return Tally(samples=samples, passed_public=passed_public, solved=draw(st.integers(0, passed_public)))
-
-
-def sampled_n_at_k(tally: Tally, *, n: int, k: int, draws: int, generator: np.random.Generator) -> float:
-    """The estimator as AlphaCode states it, one draw at a time: the slow twin of `n_at_k`."""
-    hits = 0
-    for _ in range(draws):
-        candidates = generator.hypergeometric(tally.passed_public, tally.samples - tally.passed_public, k)
-        submitted = min(candidates, n)
-        hits += generator.hypergeometric(tally.solved, tally.passed_public - tally.solved, submitted) > 0
-    return hits / draws
 
 
 def enumerated_n_at_k(tally: Tally, *, n: int, k: int) -> Fraction:
@@ -62,13 +62,30 @@ def test_the_closed_form_equals_the_enumeration_of_all_choices(tally: Tally, dat
     assert n_at_k(tally, n=n, k=k) == pytest.approx(float(enumerated_n_at_k(tally, n=n, k=k)), abs=1e-12)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 3), (3, 10), (10, 100)])
-def test_the_closed_form_is_the_mean_of_the_sampling_version(n: int, k: int) -> None:
+@settings(max_examples=12)
+@given(tallies(largest=200), st.data(), st.integers(0, 2**32))
+def test_the_closed_form_is_the_mean_of_a_million_samples_of_algorithm_1(
+    tally: Tally, data: st.DataObject, seed: int
+) -> None:
+    k = data.draw(st.integers(1, tally.samples))
+    n = data.draw(st.integers(1, k))
+    exact, draws = n_at_k(tally, n=n, k=k), 1_000_000
+    sampled = sampled_n_at_k(tally, n=n, k=k, draws=draws, generator=np.random.default_rng(seed))
+    assert sampled == pytest.approx(exact, abs=3 * math.sqrt(exact * (1 - exact) / draws) + 1e-9)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 3), (3, 10), (10, 33)])
+def test_the_closed_form_is_the_mean_of_algorithm_1_for_the_budgets_of_the_paper(n: int, k: int) -> None:
     tally = Tally(samples=200, passed_public=20, solved=6)
-    draws = 20_000
+    exact, draws = n_at_k(tally, n=n, k=k), 1_000_000
+    assert 0.05 < exact < 0.95
     sampled = sampled_n_at_k(tally, n=n, k=k, draws=draws, generator=np.random.default_rng(1))
-    exact = n_at_k(tally, n=n, k=k)
-    assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / draws))
+    assert sampled == pytest.approx(exact, abs=3 * math.sqrt(exact * (1 - exact) / draws))
+
+
+def test_a_budget_of_100_responses_is_33_dialogs_of_three_turns() -> None:
+    assert [rollouts_within(100, turns=turns) for turns in (1, 3, 5, 10)] == [100, 33, 20, 10]
+    assert [rollouts_within(3, turns=turns) for turns in (1, 3, 5)] == [3, 1, 0]
 
 
 @given(tallies(largest=200), st.data())
@@ -107,8 +124,17 @@ def test_no_problem_has_no_solve_rate() -> None:
     ("n", "k", "message"), [(0, 1, "n is 0"), (1, 0, "k is 0"), (1, 4, "k is 4, but .* 3 samples")]
 )
 def test_impossible_n_and_k_are_refused(n: int, k: int, message: str) -> None:
+    tally = Tally(samples=3, passed_public=1, solved=1)
     with pytest.raises(ValueError, match=message):
-        n_at_k(Tally(samples=3, passed_public=1, solved=1), n=n, k=k)
+        n_at_k(tally, n=n, k=k)
+    with pytest.raises(ValueError, match=message):
+        sampled_n_at_k(tally, n=n, k=k, draws=1, generator=np.random.default_rng(0))
+
+
+def test_no_draws_are_refused() -> None:
+    tally = Tally(samples=1, passed_public=1, solved=1)
+    with pytest.raises(ValueError, match="draws is 0"):
+        sampled_n_at_k(tally, n=1, k=1, draws=0, generator=np.random.default_rng(0))
 
 
 def test_a_tally_whose_counts_do_not_nest_is_refused() -> None:
@@ -158,3 +184,33 @@ def test_the_same_generator_gives_the_same_interval() -> None:
         for _ in range(2)
     )
     assert first == second
+
+
+def difference(first: list[Tally], second: list[Tally], *, resamples: int = 2000):
+    generator = np.random.default_rng(3)
+    return paired_difference(first, second, n=1, k=1, resamples=resamples, generator=generator)
+
+
+def test_a_difference_that_is_the_same_on_every_problem_has_no_spread() -> None:
+    first = [Tally(samples=10, passed_public=solved, solved=solved) for solved in (1, 4, 7)]
+    second = [Tally(samples=10, passed_public=solved, solved=solved) for solved in (3, 6, 9)]
+    found = difference(first, second)
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.2, 0.2))
+
+
+def test_the_interval_of_a_difference_has_the_width_that_theory_gives() -> None:
+    first = [Tally(samples=10, passed_public=5, solved=5)] * 200
+    second = [Tally(samples=10, passed_public=solved, solved=solved) for solved in (3, 5, 7, 9)] * 50
+    found = difference(first, second)
+    assert found.value == pytest.approx(0.1)
+    spread = math.sqrt(np.var([-0.2, 0.0, 0.2, 0.4]) / 200)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+    assert found.low < found.value < found.high
+
+
+def test_what_does_not_pair_has_no_difference() -> None:
+    one = [Tally(samples=1, passed_public=1, solved=1)]
+    with pytest.raises(ValueError, match="1 and 2 tallies"):
+        difference(one, one * 2)
+    with pytest.raises(ValueError, match="resamples is 0"):
+        difference(one, one, resamples=0)

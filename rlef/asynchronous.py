@@ -59,11 +59,15 @@ class AsynchronousRollouts:
         self._timeout_s = settings["settings"].timeout_s
         self._thread = Thread(target=self._run, name="rollouts", daemon=True)
 
-    def start(self, step: int, saved: str | None = None) -> None:
-        """Begin the episodes of `step`, and of as many later ones as may be; go on with those of `save`."""
+    def start(self, step: int, saved: Iterable[str] = ()) -> None:
+        """Begin the episodes of `step`, and of as many later ones as may be.
+
+        Go on with what all processes of any number got from `save`; this one takes its own episodes of it.
+        """
         self._next_step = step
         self._thread.start()
-        self._in_loop(self._start(step, SAVED_EPISODES.validate_json(saved) if saved else []))
+        of_all = [episode for each in saved for episode in SAVED_EPISODES.validate_json(each)]
+        self._in_loop(self._start(step, of_all))
 
     def take(self, step: int) -> Collection:
         """Wait for this process's episodes of a step.

@@ -1,35 +1,49 @@
-"""Checkpoints that survive a kill -9 at any moment.
+"""Checkpoints that survive a kill -9 at any moment, and that any layout can load.
 
-A checkpoint is a folder `step-000123` with one `rank-00000.pt` per process, `shared.pt` and `manifest.json`,
-which holds the size and SHA-256 of each file. It is written under a hidden name, every file is synced, and
-one rename makes it valid; until then the one before it stays. Loading verifies, and steps back past whatever
-is damaged. All processes must see the same folder; they agree on every decision through torch.distributed.
+A checkpoint is a folder `step-000123`, in which each process writes its part (`checkpoint_files.py`). It is
+written under a hidden name, every file is synced, and one rename makes it valid; until then the one before it
+stays. Loading verifies, and steps back past whatever is damaged. All processes must see the same folder; they
+agree on every decision.
+
+Asynchronously, a step waits only until the tensors are copied to host memory. A thread does the rest. It has
+a process group of its own for what all must agree on, since no two threads may use one at a time; and what it
+meets is raised on all processes by their next call.
+
+Why not torch.distributed.checkpoint or megatron's dist_checkpointing: the index of both is a pickle, which
+runs what it holds; neither knows whether a file is damaged, nor writes beside its place; and both would need
+a planner and a reader of ours for flat ranges of an optimiser. Of safetensors a slice is read, and no code.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import pickle
 import re
 import shutil
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Self, TypeVar
+from threading import Thread
+from typing import Any, Self, TypeVar
 
-import torch
 import torch.distributed
 
+from rlef.checkpoint_files import (
+    Checkpoint,
+    CheckpointError,
+    StoredFile,
+    as_json,
+    read_checkpoint,
+    read_manifest,
+    verify,
+    write_index,
+    write_part,
+)
 from rlef.config import Config, ConfigError
-from rlef.files import naming, sync, write_text
+from rlef.files import sync
+from rlef.pieces import HeldState, Piece
 from rlef.ports import ParallelState
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-SHARED = "shared.pt"
 
 # A checkpoint is `step-N`. `.step-N.replaced` is a whole one too, seen only if the process died between the
 # two renames that put a new step-N in the place of an old one. Whatever has another hidden name is rubbish.
@@ -38,35 +52,6 @@ _RUBBISH = re.compile(r"\.step-\d{6,}\.(writing|removed)")
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read. The message names the file, the fault and the mend."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """What one process gets back."""
-
-    step: int  # steps completed; telemetry cuts metrics.jsonl back to it
-    path: Path
-    rank_state: Mapping[str, Any]
-    shared: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _File:
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Manifest:
-    format: int
-    step: int
-    layout: dict[str, int]
-    files: dict[str, _File]
 
 
 class CheckpointStore:
@@ -82,9 +67,10 @@ class CheckpointStore:
         keep: int,
         rank: int = 0,
         world_size: int = 1,
-        layout: Mapping[str, int] | None = None,
+        asynchronous: bool = False,
+        timeout_s: float = 600.0,
     ) -> None:
-        """`layout` names settings that a shard depends on, as `{"parallel.tensor": 2}`; a load must match."""
+        """`timeout_s` is of one wait for the other processes."""
         if keep < 1:
             raise ConfigError(f"checkpoint.keep is {keep}: keep at least 1")
         if world_size > 1 and not torch.distributed.is_initialized():
@@ -93,7 +79,14 @@ class CheckpointStore:
         self._keep = keep
         self._rank = rank
         self._world_size = world_size
-        self._layout = {"parallel.processes": world_size, **(layout or {})}
+        self._asynchronous = asynchronous
+        self._timeout_s = timeout_s
+        self._newest: Path | None = None
+        self._under_way: Future[Path] | None = None
+        self._group = None
+        if world_size > 1:
+            limit = timedelta(seconds=timeout_s)
+            self._group = torch.distributed.new_group(backend="gloo", timeout=limit)
 
     @classmethod
     def of_run(cls, directory: Path, config: Config, parallel: ParallelState) -> Self:
@@ -103,42 +96,67 @@ class CheckpointStore:
             keep=config.checkpoint.keep,
             rank=parallel.rank,
             world_size=parallel.world_size,
-            layout={
-                "parallel.tensor": config.parallel.tensor,
-                "parallel.pipeline": config.parallel.pipeline,
-                "parallel.distributed_optimizer": config.parallel.distributed_optimizer,
-            },
+            asynchronous=config.checkpoint.asynchronous,
+            timeout_s=config.parallel.timeout_s,
         )
 
-    def save(self, step: int, rank_state: Mapping[str, Any], shared: Mapping[str, Any]) -> Path:
-        """Write this process's `rank_state` and, from rank 0, what is the same for all.
+    def save(
+        self,
+        step: int,
+        states: Mapping[str, HeldState],
+        shared: Mapping[str, Any],
+        rollouts: str = "",
+    ) -> None:
+        """Write this process's part of `states`, its `rollouts` and, from rank 0, what is the same for all.
 
         Afterwards the `keep` newest remain. Checkpoints of later steps, damaged ones or those of a
         continuation that was abandoned by resuming further back, are removed: a run has one history.
+        Asynchronously, this returns when the tensors may change, and `finish` when it is done.
 
         Raises:
-            ValueError: a state holds a type that would not load again; nothing was written.
-            CheckpointError: a process could not write, as when the disk is full; the earlier ones are as they
-                were.
+            ValueError: `shared` or a network's facts hold what JSON does not; nothing was written.
+            CheckpointError: a process could not write this one or, asynchronously, the one before, as when
+                the disk is full; the earlier ones are as they were.
         """
-        self._together(lambda: _require_loadable(dict(rank_state), "rank_state"))
-        self._together(lambda: _require_loadable(dict(shared), "shared"))
-        writing = self._directory / f".{_name(step)}.writing"
-        self._on_first(lambda: self._make_room(writing))
-        try:
-            own_file = self._together(lambda: _write(writing / _rank_name(self._rank), rank_state))
-            files = self._gather(own_file)
-            return self._on_first(lambda: self._publish(step, writing, files, shared))
-        except CheckpointError:
-            if self._rank == 0:  # all have given up, and a full disk wants the room
-                shutil.rmtree(writing, ignore_errors=True)
-            raise
+        self.finish()
+        facts = {name: state.facts for name, state in states.items()}
+        common = self._together(lambda: as_json({"step": step, "states": facts, "shared": shared}))
+        pieces = [
+            replace(piece, name=f"{name}/{piece.name}")
+            for name, state in states.items()
+            for piece in state.pieces
+            if piece.is_written
+        ]
+        if not self._asynchronous:
+            self._newest = self._write(step, pieces, rollouts, common)
+            return
+        copies = [replace(piece, data=piece.data.to("cpu", copy=True)) for piece in pieces]
+        self._under_way = _in_thread(lambda: self._write(step, copies, rollouts, common))
+
+    def finish(self) -> Path | None:
+        """Wait for the save under way, if there is one; the newest checkpoint that was saved or loaded.
+
+        Raises:
+            CheckpointError: a process could not write it.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            self._newest = under_way.result()
+        return self._newest
+
+    def close(self) -> None:
+        """Let a save under way come to its end, good or bad, when something else has ended the run.
+
+        Not collective: the others may be gone.
+        """
+        if self._under_way is not None:
+            wait([self._under_way], self._timeout_s)
 
     def load_latest(self) -> Checkpoint | None:
         """The newest valid checkpoint, or None if there is none. A damaged one is logged and passed over.
 
         Raises:
-            ConfigError: it was saved with another number of processes or another layout.
+            ConfigError: it has another format. To pass over it would be to lose it with the next save.
         """
         for path in self._on_first(self._newest_first):
             try:
@@ -149,17 +167,30 @@ class CheckpointStore:
         return None
 
     def load(self, path: Path) -> Checkpoint:
-        """The checkpoint in the folder `path`.
+        """The checkpoint in the folder `path`, each file of which one of the processes has verified.
 
         Raises:
             CheckpointError: it is missing or damaged.
-            ConfigError: it was saved with another number of processes or another layout.
+            ConfigError: it has another format.
         """
-        manifest = self._on_first(lambda: _read_manifest(path))
-        self._require_layout(path, manifest)
-        rank_state = self._together(lambda: _read(path, manifest, _rank_name(self._rank)))
-        shared = self._together(lambda: _read(path, manifest, SHARED))
-        return Checkpoint(step=manifest.step, path=path, rank_state=rank_state, shared=shared)
+        files = self._on_first(lambda: read_manifest(path))
+        own = list(files.values())[self._rank :: self._world_size]
+        self._together(lambda: verify(path, own))
+        checkpoint = self._together(lambda: read_checkpoint(path, files))
+        self._newest = path
+        return checkpoint
+
+    def _write(self, step: int, pieces: Sequence[Piece], rollouts: str, common: str) -> Path:
+        writing = self._directory / f".{_name(step)}.writing"
+        self._on_first(lambda: self._make_room(writing))
+        try:
+            own = self._together(lambda: write_part(writing, self._rank, pieces, rollouts))
+            files = [file for each in self._gather(own) for file in each]
+            return self._on_first(lambda: self._publish(step, writing, files, common))
+        except CheckpointError:
+            if self._rank == 0:  # all have given up, and a full disk wants the room
+                shutil.rmtree(writing, ignore_errors=True)
+            raise
 
     def _make_room(self, writing: Path) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -168,16 +199,8 @@ class CheckpointStore:
                 shutil.rmtree(path)
         writing.mkdir()
 
-    def _publish(self, step: int, writing: Path, files: list[_File], shared: Mapping[str, Any]) -> Path:
-        files = [*files, _write(writing / SHARED, shared)]
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "layout": self._layout,
-            "files": [asdict(file) for file in files],
-        }
-        write_text(writing / MANIFEST, json.dumps(manifest, indent=1))
-
+    def _publish(self, step: int, writing: Path, files: Sequence[StoredFile], common: str) -> Path:
+        write_index(writing, files, common)
         final = self._directory / _name(step)
         for path in self._newest_first():
             if _step_of(path) > step:
@@ -210,16 +233,6 @@ class CheckpointStore:
         found = [path for path in self._directory.iterdir() if _LOADABLE.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_step_of(path), path.name.startswith("step-")), reverse=True)
 
-    def _require_layout(self, path: Path, manifest: _Manifest) -> None:
-        for setting, saved in manifest.layout.items():
-            present = self._layout.get(setting)
-            if present != saved:
-                here, there = json.dumps(present), json.dumps(saved)  # as a run file writes them
-                raise ConfigError(
-                    f"{setting} is {here}, but {path} was saved with {there}: "
-                    f"set {setting}={there} to continue it, or another run.name to start anew"
-                )
-
     def _together(self, action: Callable[[], _T]) -> _T:
         """Run `action` on every process; if it fails on any, raise on all what the first of them met."""
         result: _T | None = None
@@ -230,7 +243,7 @@ class CheckpointStore:
             fault = CheckpointError(
                 f"{error}: check the disk's free space and permissions; earlier checkpoints are whole"
             )
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             fault = error
         for met in self._gather(fault):
             if met is not None:
@@ -246,7 +259,7 @@ class CheckpointStore:
         if self._world_size == 1:
             return [value]
         values: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value, group=self._group)
         return values
 
 
@@ -254,106 +267,19 @@ def _name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _rank_name(rank: int) -> str:
-    return f"rank-{rank:05d}.pt"
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.strip(".").removeprefix("step-").removesuffix(".replaced"))
 
 
-def _require_loadable(value: Any, place: str) -> None:
-    """Find out now, not when the run is to be resumed, what `torch.load(weights_only=True)` would refuse."""
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _require_loadable(key, f"a key of {place}")
-            _require_loadable(item, f"{place}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            _require_loadable(item, f"{place}[{index}]")
-    elif not (value is None or isinstance(value, torch.Tensor) or type(value) in _SCALARS):
-        raise ValueError(
-            f"{place} is a {type(value).__qualname__}: a checkpoint holds tensors, numbers, strings, None, "
-            "and dicts, lists and tuples of these; convert it"
-        )
+def _in_thread(action: Callable[[], _T]) -> Future[_T]:
+    """Run `action` in a thread that does not keep a process alive whose run has ended otherwise."""
+    future: Future[_T] = Future()
 
-
-_SCALARS = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size)
-
-
-class _HashingFile:
-    """A file that keeps the size and the hash of what is written to it, so that nothing is read back."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.bytes = 0
-        self.hash = hashlib.sha256()
-        self.fault: OSError | None = None
-
-    def write(self, data: bytes) -> int:
+    def run() -> None:
         try:
-            self._file.write(data)
-        except OSError as fault:
-            self.fault = fault
-            raise
-        self.bytes += len(data)
-        self.hash.update(data)
-        return len(data)
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(error)
 
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _write(path: Path, state: Mapping[str, Any]) -> _File:
-    with naming(path):
-        with path.open("wb") as file:
-            hashing = _HashingFile(file)
-            try:
-                torch.save(dict(state), hashing)  # type: ignore[arg-type]  # it only needs write and flush
-            except RuntimeError:
-                if hashing.fault is None:
-                    raise
-                raise hashing.fault from None  # of which torch says only that a position is unexpected
-        sync(path)
-    return _File(name=path.name, bytes=hashing.bytes, sha256=hashing.hash.hexdigest())
-
-
-def _read_manifest(path: Path) -> _Manifest:
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder: name one like runs/NAME/checkpoints/{_name(50)}")
-    try:
-        raw = json.loads((path / MANIFEST).read_bytes())
-        files = {file["name"]: _File(**file) for file in raw.pop("files")}
-        manifest = _Manifest(**raw, files=files)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path / MANIFEST} is missing: delete the folder") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged ({error}): delete the folder") from None
-    if manifest.format != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {manifest.format}, this rlef reads {FORMAT}: use the rlef that wrote it"
-        )
-    return manifest
-
-
-def _read(path: Path, manifest: _Manifest, name: str) -> Mapping[str, Any]:
-    """Verify one file against the manifest and load it."""
-    file = path / name
-    if name not in manifest.files:
-        raise CheckpointError(f"{path / MANIFEST} is damaged (no entry for {name}): delete the folder")
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: delete the folder")
-    expected = manifest.files[name]
-    if file.stat().st_size != expected.bytes:
-        raise CheckpointError(
-            f"{file} has {file.stat().st_size} bytes instead of {expected.bytes}: delete the folder"
-        )
-    with file.open("rb") as opened:
-        if hashlib.file_digest(opened, "sha256").hexdigest() != expected.sha256:
-            raise CheckpointError(f"{file} does not have the SHA-256 of its manifest: delete the folder")
-    try:
-        state: Mapping[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{file} does not load ({reason}): use the versions that wrote it") from None
-    return state
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future

@@ -83,6 +83,9 @@ class ProblemsConfig(Section):
     train_size: PositiveInt = 8192
     eval_size: PositiveInt = 256
     seed: NonNegativeInt = 0
+    max_test_bytes: PositiveInt = (
+        16 << 20
+    )  # input and expected output of one test; a problem may hold 16 such
 
 
 class RolloutConfig(Section):
@@ -193,6 +196,7 @@ class ServerConfig(Section):
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 50
     keep: PositiveInt = 2
+    asynchronous: bool = True  # a step waits for a copy in memory, not for the disk
 
 
 class Config(Section):

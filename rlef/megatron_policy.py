@@ -8,7 +8,6 @@ the plain torch twin), the norm, the gated activation, and the value head.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import warnings
@@ -25,10 +24,12 @@ from rlef import job, megatron_cpu
 from rlef.attention import packed_attention
 from rlef.config import OptimizerConfig, ParallelConfig
 from rlef.losses import token_logprobs
-from rlef.ports import LossFunction, Network, Networks, ParallelState, UpdateStats, combine_statistics
+from rlef.moments import MOMENTS, set_steps, steps_made
+from rlef.pieces import HeldState, Piece, State, pieces_of, require_same_network
+from rlef.ports import LossFunction, Networks, ParallelState, UpdateStats, combine_statistics
 from rlef.pretrained import Weights
 from rlef.records import Batch, ModelShape
-from rlef.shards import Head, check_layout, stage_weights
+from rlef.shards import Cut, Head, check_layout, parameter_blocks, stage_weights
 from rlef.torch_model import rotary_tables, rotate
 from rlef.weights import gather_huggingface, gather_stage, load_huggingface
 
@@ -120,25 +121,17 @@ def build_networks(
         ConfigError: the model or the processes do not divide as `parallel` says, or `weights` are not those
             of a model of this shape.
     """
-    policy, state = build_policy(shape, weights, parallel=parallel, optimizer=optimizer)
-    reference = MegatronNetwork(shape, weights, head="logits", parallel=parallel)
-    value = MegatronNetwork(
-        shape, weights, head="value", parallel=parallel, optimizer=optimizer, lr=optimizer.value_lr
-    )
-    return Networks(policy=policy, reference=reference, value=value, parallel=state)
-
-
-def build_policy(
-    shape: ModelShape, weights: Weights, *, parallel: ParallelConfig, optimizer: OptimizerConfig
-) -> tuple[Network, ParallelState]:
-    """The first of `build_networks` alone."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(shape, parallel, processes - parallel.sampling_processes)
     state = initialize(parallel)
     policy = MegatronNetwork(
         shape, weights, head="logits", parallel=parallel, optimizer=optimizer, lr=optimizer.lr
     )
-    return policy, state
+    reference = MegatronNetwork(shape, weights, head="logits", parallel=parallel)
+    value = MegatronNetwork(
+        shape, weights, head="value", parallel=parallel, optimizer=optimizer, lr=optimizer.value_lr
+    )
+    return Networks(policy=policy, reference=reference, value=value, parallel=state)
 
 
 class MegatronNetwork:
@@ -228,51 +221,45 @@ class MegatronNetwork:
         buckets: Iterator[Tensor] = self._gather_stage()
         return buckets
 
-    def state_dict(self) -> Mapping[str, Any]:
-        """This rank's shard: weights, optimiser and schedule, to continue bit for bit.
+    def state_dict(self) -> HeldState:
+        """This rank's pieces of weights and optimiser, and the schedule: to continue in any layout, and in
+        this one bit for bit."""
+        counted = {} if self._training is None else self._training.counted()
+        return HeldState(facts=self._facts() | counted, pieces=list(self._pieces()))
 
-        Its tensors are the live ones: save or copy them before the next update.
-        """
-        weights = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
-        state = {"layout": self._layout(), "weights": weights}
-        return state if self._training is None else state | self._training.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave on this rank of the same layout.
+    def load_state_dict(self, state: State) -> None:
+        """Continue from what all ranks of one network saved, in whichever layout.
 
         Raises:
-            ValueError: it is of another model, layout, rank or kind of network; nothing was loaded.
+            ValueError: it is of another model or kind of network, and nothing was loaded; or it is not whole.
         """
-        saved, here = state["layout"], self._layout()
-        for name in saved | here:
-            if saved.get(name) != here.get(name):
-                raise ValueError(
-                    f"the saved network has {name} = {saved.get(name)}, this one {here.get(name)}; "
-                    "resume with the settings that it was saved with"
-                )
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(state["weights"][name])
+        require_same_network(state.facts, self._facts())
         if self._training is not None:
-            self._training.load_state_dict(state)
+            self._training.set_counted(state.facts)
+        state.read(self._pieces())
 
-    def _layout(self) -> dict[str, Any]:
-        shard = {}
-        if self._training is not None and self._training.sharded:
-            shard = {
-                "optimizer_shards": mpu.get_data_parallel_world_size(),
-                "optimizer_shard": mpu.get_data_parallel_rank(),
-            }
-        return {
-            **asdict(self._shape),
-            **shard,
-            "head": self._head,
-            "trained": self._training is not None,
-            "tensor": mpu.get_tensor_model_parallel_world_size(),
-            "tensor_rank": mpu.get_tensor_model_parallel_rank(),
-            "pipeline": mpu.get_pipeline_model_parallel_world_size(),
-            "pipeline_rank": mpu.get_pipeline_model_parallel_rank(),
-        }
+    def _facts(self) -> dict[str, Any]:
+        return {**asdict(self._shape), "head": self._head, "trained": self._training is not None}
+
+    def _pieces(self) -> Iterator[Piece]:
+        """This rank's part of each weight, and of what the optimiser keeps of it: the live tensors."""
+        rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+        replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+        stage, stages = mpu.get_pipeline_model_parallel_rank(), mpu.get_pipeline_model_parallel_world_size()
+        parameters = dict(self._model.named_parameters())
+        for weight in stage_weights(self._shape, self._head, stage=stage, stages=stages):
+            parameter = parameters[weight.parameter]
+            blocks = parameter_blocks(weight, self._shape, rank=rank, size=size)
+            same, which = (size, rank) if weight.cut is Cut.REPLICATED else (1, 0)
+            on_replicas: tuple[int, int | None] = (same * replicas, which * replicas + replica)
+            on_one_replica: tuple[int, int | None] = (same, which)
+            if weight.duplicate:
+                on_replicas = on_one_replica = (1, None)
+            yield from pieces_of("weight", blocks, parameter.detach().view(-1), copies=on_replicas)
+            if self._training is not None:
+                copies = on_one_replica if self._training.sharded else on_replicas
+                for kind, flat, begin in self._training.kept_of(parameter):
+                    yield from pieces_of(kind, blocks, flat, begin=begin, copies=copies)
 
     def _run(
         self, model: nn.Module, batches: Iterable[tuple[int, Batch]], collect: Collect, *, forward_only: bool
@@ -406,13 +393,29 @@ class _Training:
         )
         return math.sqrt(squared.item())
 
-    def state_dict(self) -> dict[str, Any]:
-        # Of torch's optimiser: that of megatron's distributed one has no moments, unless it gathers them.
-        return {"optimizer": self._own.optimizer.state_dict(), "updates": self._schedule.num_steps}
+    def counted(self) -> dict[str, int]:
+        """Updates, and of them the steps, which a gradient that is not finite leaves out."""
+        return {"updates": self._schedule.num_steps, "steps": steps_made(self._own.optimizer)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._own.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # torch would keep its tensors
-        self._schedule.num_steps = state["updates"]
+    def set_counted(self, facts: Mapping[str, Any]) -> None:
+        """Go on from there, with moments of zero for `kept_of` to give."""
+        self._schedule.num_steps = facts["updates"]
+        set_steps(self._own.optimizer, facts["steps"])
+
+    def kept_of(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor, int]]:
+        """What the optimiser keeps on this rank: its kind, the numbers, flat, and which of the parameter's
+        is the first."""
+        stepped, begin = parameter, 0
+        if self.sharded:
+            if parameter not in self._own.model_param_gbuf_map:
+                return  # another replica's
+            begin = self._own._get_model_param_range_map(parameter)["param"].start  # noqa: SLF001
+            group, place = self._own.model_param_group_index_map[parameter]
+            stepped = self._own.optimizer.param_groups[group]["params"][place]
+        state = self._own.optimizer.state.get(stepped, {})
+        for moment in MOMENTS:
+            if moment in state:
+                yield moment, state[moment].view(-1), begin
 
 
 def _add_up_gradients(chunks: list[nn.Module], _tokens: Tensor, **groups: Any) -> None:

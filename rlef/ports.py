@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from rlef.pieces import HeldState, State
 from rlef.records import Batch
 
 
@@ -160,11 +161,17 @@ class Network(Protocol):
         tensor parallel ranks)."""
         ...
 
-    def state_dict(self) -> Mapping[str, Any]:
-        """This rank's shard: weights, optimiser and schedule, to continue bit for bit."""
+    def state_dict(self) -> HeldState:
+        """This rank's part of weights, optimiser and schedule, as pieces of whole tensors.
+
+        They go on under `weight/`, `exp_avg/` and `exp_avg_sq/` and the Hugging Face name, so that a network
+        in another layout, or of another engine, can take them up; in the same layout bit for bit.
+        """
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: State) -> None:
+        """Continue from there. Raises ValueError if it is of another network, and then nothing was loaded."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

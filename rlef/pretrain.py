@@ -26,9 +26,9 @@ from rlef.files import write_text
 from rlef.hidden_conventions import READ_NUMBERS, Task, problem, run_reference, task_of
 from rlef.pretrained import write_pretrained
 from rlef.prompts import Dialog, FailedTest
-from rlef.records import ModelShape, Problem, text_input
+from rlef.records import ModelShape, Problem, ProblemTest, text_input
 from rlef.torch_model import LlamaModel, initialise
-from rlef_sandbox import Result, Test, Verdict
+from rlef_sandbox import Result, Verdict
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 VOCAB_SIZE = 512
@@ -226,7 +226,7 @@ def _write(program: str, random: Random, teacher: Teacher) -> tuple[str, str | N
     return f"{prompts.FENCE_OPEN}{program}{prompts.FENCE_CLOSE}", program
 
 
-def _feedback(program: str | None, public_test: Test) -> str:
+def _feedback(program: str | None, public_test: ProblemTest) -> str:
     if program is None:
         return prompts.no_code_text()
     try:

@@ -15,8 +15,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from rlef.config import ConfigError, RolloutConfig
-from rlef.records import TurnOutcome, text_input
-from rlef_sandbox import Result, Test, Verdict
+from rlef.judging import shown
+from rlef.records import ProblemTest, TurnOutcome
+from rlef_sandbox import Result, Verdict
 
 FORMAT_REQUEST = "\nPut your program between ```python and ``` and use backticks for nothing else."
 FEEDBACK_OPENING = "Your code failed these tests:"
@@ -31,6 +32,7 @@ TIMEOUT_REMARK = "\nit took too long."
 MEMORY_REMARK = "\nit ran out of memory."
 OUTPUT_LIMIT_REMARK = "\nit printed too much."
 SECURITY_REMARK = "\nit tried something that is not allowed."
+ENDED_EARLY_REMARK = "\nit ended before the test did."
 CUT_MARK = "..."
 FENCE_OPEN = "```python\n"
 FENCE_CLOSE = "```"
@@ -77,7 +79,7 @@ _REMARKS = {
 class FailedTest:
     """What feedback tells about one failing public test."""
 
-    test: Test
+    test: ProblemTest
     result: Result
 
 
@@ -137,13 +139,16 @@ def shorten_trace(trace: str, *, max_characters: int) -> str:
 
 
 def _bullet(item: FailedTest, max_characters: int) -> str:
-    pieces = [INPUT_HEADING, _cut(text_input(item.test), max_characters)]
-    verdict = item.result.verdict
+    test, verdict = shown(item.test, item.result), item.result.verdict
+    pieces = [INPUT_HEADING, _cut(test.input, max_characters)]
     if verdict in _REMARKS:
         pieces.append(_REMARKS[verdict])
+    elif verdict is Verdict.WRONG_OUTPUT and test.expected is None:
+        pieces.append(ENDED_EARLY_REMARK)
     elif verdict is Verdict.WRONG_OUTPUT:
-        pieces += [EXPECTED_HEADING, _cut(item.test.expected_output, max_characters)]
-        pieces += [OUTPUT_HEADING, _cut(item.result.stdout, max_characters)]
+        assert test.expected is not None
+        pieces += [EXPECTED_HEADING, _cut(test.expected, max_characters)]
+        pieces += [OUTPUT_HEADING, _cut(test.output, max_characters)]
     else:
         pieces += [TRACE_HEADING, shorten_trace(item.result.stderr, max_characters=max_characters)]
     return "".join(pieces)

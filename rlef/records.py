@@ -12,25 +12,64 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlef_sandbox import Result, Test
+from rlef_sandbox import Call, Judge, Result, Test
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """Python that is evaluated where the program was run, and the literal of the value that it should have.
+
+    For what JSON cannot hold, such as tuples, sets and complex numbers. In a literal `1e999` stands for
+    infinity and `...` for a number that is none.
+    """
+
+    code: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assertion:
+    """Python that is executed where the program was run, and raises if the program is wrong."""
+
+    code: str
+
+
+ProblemTest = Test | Call | Expression | Assertion
+"""Standard input and output, a call of `Problem.function` with JSON, or Python that uses the program."""
+
+ProblemFlag = Literal["interactive", "several_answers"]
+"""What no comparison of outputs can judge: a dialog with a judge, and statements that accept several answers
+where the tests name one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One programming task. Public tests feed the dialog, private tests only the reward."""
+    """One programming task. Public tests feed the dialog, private tests only the reward.
+
+    All tests of a problem are of one kind.
+    """
 
     id: str
     statement: str
-    public_tests: tuple[Test, ...]
-    private_tests: tuple[Test, ...]
+    public_tests: tuple[ProblemTest, ...]
+    private_tests: tuple[ProblemTest, ...]
     time_limit_s: float
     memory_limit_bytes: int
     source: str
-    solutions: tuple[str, ...] = ()
+    solutions: tuple[str, ...] = ()  # programs that should pass all tests
+    incorrect_solutions: tuple[str, ...] = ()  # programs that should fail one
+    judge: Judge | None = None  # None: "code_contests" for text, equal values for the other kinds
+    function: str = ""  # what a `Call` calls: a function, or a method of `Solution`
+    prelude: str = ""  # Python that runs before each program: imports that its source takes for granted
+    starter_code: str = ""  # the beginning of an answer that the source gives
+    flags: tuple[ProblemFlag, ...] = ()
+    difficulty: str = ""  # in the source's own words
+    rating: int | None = None
 
 
-def text_input(test: Test) -> str:
-    """The input of a problem's test, which is text: the files of problems are JSON."""
+def text_input(test: ProblemTest) -> str:
+    """The input of a test for a program that reads text: the files of problems are JSON."""
+    assert isinstance(test, Test)
     assert isinstance(test.input, str)
     return test.input
 

@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from rlef import prompts
 from rlef.config import FeedbackKind, RolloutConfig
+from rlef.judging import job_of
 from rlef.ports import Request, Response, SamplingParams, StreamingSampler
 from rlef.prompts import Dialog, FailedTest
 from rlef.records import Episode, Problem, Turn, TurnOutcome
-from rlef_sandbox import Executor, Job, Limits, Result, Tally, Verdict
+from rlef_sandbox import Executor, Job, Result, Tally, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +81,12 @@ class Attempt:
         )
 
     def public_job(self, code: str) -> Job:
-        return Job(code, self.problem.public_tests, limits=limits_of(self.problem))
+        return job_of(self.problem, code, self.problem.public_tests)
 
     def private_job(self) -> Job:
         """Of the last code, up to the first failure."""
-        return Job(
-            self.turns[-1].code or "",
-            self.problem.private_tests,
-            limits=limits_of(self.problem),
-            stop_at_first_failure=True,
-        )
+        code = self.turns[-1].code or ""
+        return job_of(self.problem, code, self.problem.private_tests, stop_at_first_failure=True)
 
     def judge(self, results: Sequence[Result]) -> int:
         """How many private tests were run."""
@@ -183,15 +180,6 @@ def interleaved(shares: Sequence[Collection]) -> Collection:
         sampling_s=max(share.sampling_s for share in shares),
         executing_s=max(share.executing_s for share in shares),
         tally=Tally.of_all(share.tally for share in shares),
-    )
-
-
-def limits_of(problem: Problem) -> Limits:
-    """The problem's own limits. CPU time decides; the wall clock only stops what waits for ever."""
-    return Limits(
-        cpu_s=problem.time_limit_s,
-        wall_s=max(3 * problem.time_limit_s, problem.time_limit_s + 2),
-        memory_bytes=problem.memory_limit_bytes,
     )
 
 

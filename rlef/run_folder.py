@@ -21,12 +21,19 @@ CHECKPOINTS = "checkpoints"
 _LAUNCH_FILE = ".launch.json"
 
 # What may differ between a run and its continuation, because no weight and no figure depends on it, or by
-# rounding alone and a run that was out of memory must be able to go on with less.
+# rounding alone, and a run that was out of memory or lost a machine must be able to go on with what there is.
 _FREE_TO_CHANGE = {
     "run.steps",
     "run.output_dir",
     "run.name",
     "run.max_skipped_updates",
+    "parallel.processes",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.sequence_parallel",
+    "parallel.recompute",
+    "parallel.distributed_optimizer",
+    "parallel.threads_per_process",
     "parallel.timeout_s",
     "parallel.silence_s",
     "rollout.slots",
@@ -42,6 +49,7 @@ _FREE_TO_CHANGE = {
     "evaluation.feedback",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "checkpoint.asynchronous",
     "server.url",
     "server.model",
     "server.api_key_env",

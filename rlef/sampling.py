@@ -34,8 +34,6 @@ from rlef.stopping import StopRequest
 from rlef.streaming import collect_overlapped, merged
 from rlef.words import Words
 
-_NOTHING = merged([])  # that is under way
-
 
 class EvaluationSettings(TypedDict):
     """What an evaluation samples with."""
@@ -50,7 +48,7 @@ class Rollouts(Protocol):
 
     own_s: dict[str, float]  # this process's seconds of the last step, by phase
 
-    def start(self, step: int, origin: int, saved: str) -> None:
+    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
         """Begin with `step`, whose problems are counted from `origin`; go on with what `save` gave."""
         ...
 
@@ -108,7 +106,7 @@ class OwnRollouts:
         self._device = job.device
         self._stack = stack
 
-    def start(self, step: int, origin: int, saved: str) -> None:
+    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
         """`saved` may hold episodes of others."""
         self._origin = origin
         if self._config.rollout.max_staleness > 0:
@@ -160,7 +158,7 @@ class OwnRollouts:
 
     def save(self) -> str:
         if self._asynchronous is None:
-            return _NOTHING
+            return ""
         with self._asynchronous.paused():
             return self._asynchronous.save()
 
@@ -202,7 +200,7 @@ class Colocated:
         self._watch = watch
         self.own_s: dict[str, float] = {}
 
-    def start(self, step: int, origin: int, saved: str) -> None:
+    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
         self._own.start(step, origin, saved)
 
     def collect(self, step: int) -> Collection:
@@ -238,8 +236,8 @@ class Disaggregated:
         self._watch = watch
         self.own_s: dict[str, float] = {}
 
-    def start(self, step: int, origin: int, saved: str) -> None:
-        self._bridge.tell("start", saved, step=step, origin=origin)
+    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
+        self._bridge.tell("start", list(saved), step=step, origin=origin)
 
     def collect(self, step: int) -> Collection:
         with self._watch.phase(f"waiting for the episodes of step {step + 1}"):
@@ -258,8 +256,8 @@ class Disaggregated:
 
     def save(self) -> str:
         """For all samplers, by rank 0."""
-        saved = merged(self._bridge.ask("save"))
-        return saved if self._bridge.is_first else _NOTHING
+        saved = [each for each in self._bridge.ask("save") if each]
+        return merged(saved) if saved and self._bridge.is_first else ""
 
     def want_to_stop(self) -> bool:
         return self._bridge.samplers_want_to_stop()

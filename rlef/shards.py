@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlef.config import ConfigError, ParallelConfig
+from rlef.pieces import Block, Box
 from rlef.pretrained import Sliceable, StoredWeights, Weights
 from rlef.records import ModelShape
 
@@ -189,6 +190,27 @@ def cut_shard(tensors: Sequence[Sliceable], cut: Cut, shape: ModelShape, *, rank
 def _rows(tensor: Sliceable, rank: int, size: int) -> Tensor:
     height = tensor.shape[0] // size
     return tensor[rank * height : (rank + 1) * height]
+
+
+def parameter_blocks(weight: StageWeight, shape: ModelShape, *, rank: int, size: int) -> list[Block]:
+    """What `cut_shard` gives that rank, as boxes of the whole tensors in the order of its elements."""
+    if weight.cut is Cut.COLUMNS:
+        ((name, (rows, columns)),) = zip(weight.names, weight.shapes, strict=True)
+        width = columns // size
+        return [Block(name=name, box=Box(offsets=(0, rank * width), sizes=(rows, width)), start=0)]
+    if weight.cut is Cut.REPLICATED:
+        rank, size = 0, 1
+    groups = shape.num_key_value_heads // size if weight.cut is Cut.QUERY_KEY_VALUE else 1
+    blocks: list[Block] = []
+    start = 0
+    for group in range(groups):
+        for name, whole in zip(weight.names, weight.shapes, strict=True):
+            height = whole[0] // (size * groups)
+            first = (rank * groups + group) * height
+            box = Box(offsets=(first, *(0 for _ in whole[1:])), sizes=(height, *whole[1:]))
+            blocks.append(Block(name=name, box=box, start=start))
+            start += box.elements
+    return blocks
 
 
 def join_shards(shards: Sequence[Tensor], cut: Cut, shape: ModelShape) -> list[Tensor]:

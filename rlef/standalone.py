@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlef import problems as sources
 from rlef.chat_server import ChatServer
@@ -23,15 +23,16 @@ from rlef.evaluation_folder import EvaluationFolder, Play, figures_of, identity_
 from rlef.execution import open_executor
 from rlef.families import read_config, read_shape, with_dtype
 from rlef.measurement import draws_of, measure
-from rlef.megatron_policy import build_policy, leave
+from rlef.pieces import Piece, State
 from rlef.ports import SamplingParams, StreamingSampler
 from rlef.pretrained import StoredWeights, model_folder, read_pretrained, write_config, write_weights
 from rlef.prompts import Dialog
-from rlef.records import Episode, Problem
+from rlef.records import Episode, ModelShape, Problem
 from rlef.rollout import collect
 from rlef.run_folder import RunFolder
 from rlef.samplers import build_sampler
 from rlef.served_rollouts import collect_served
+from rlef.shards import stage_weights
 from rlef.transcripts import Transcript, of_episode
 from rlef_sandbox import Executor
 
@@ -147,33 +148,35 @@ def _server(config: Config) -> Iterator[Play]:
 
 
 def export_policy(config: Config, folder: RunFolder, output: Path, *, dtype: str, max_file_bytes: int) -> int:
-    """Write the policy of a checkpoint as a Hugging Face folder; every process of the run's layout calls
-    this.
+    """Write the policy of a checkpoint of any layout as a Hugging Face folder, in this process alone.
 
     `dtype` is a name of torch's, or "source": each tensor in the type that it had in the model that the run
-    started from. The first process writes the weights as they arrive, `max_file_bytes` at a time.
+    started from. Weights are read one after the other and written `max_file_bytes` at a time.
     """
     source = model_folder(config.model.path)
-    shape, start = read_shape(source), StoredWeights(source)
-    policy, state = build_policy(shape, start, parallel=config.parallel, optimizer=config.optimizer)
-    store = CheckpointStore.of_run(folder.checkpoints, config, state)
+    start = StoredWeights(source)
+    store = CheckpointStore(folder.checkpoints, keep=1)
     checkpoint = store.load(folder.checkpoint) if folder.checkpoint else store.load_latest()
     if checkpoint is None:
         raise ConfigError(f"{folder.path} has no checkpoint yet; let the run save one first")
-    policy.load_state_dict(checkpoint.rank_state["policy"])
-    named = policy.named_weights()
-    if state.rank == 0:
-        types = {
-            name: stored.dtype if dtype == SOURCE else getattr(torch, dtype) for name, stored in start.items()
-        }
-        typed = ((name, tensor.to(types[name])) for name, tensor in named)
-        write_weights(output, typed, max_file_bytes=max_file_bytes)
-        for name in _OTHER_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, output / name)
-        config_json = read_config(source)
-        write_config(output, config_json if dtype == SOURCE else with_dtype(config_json, dtype))
-    else:
-        deque(named, maxlen=0)  # gathering is collective
-    leave()
+    types = {
+        name: stored.dtype if dtype == SOURCE else getattr(torch, dtype) for name, stored in start.items()
+    }
+    named = _weights_of(checkpoint.states["policy"], read_shape(source))
+    typed = ((name, tensor.to(types[name])) for name, tensor in named)
+    write_weights(output, typed, max_file_bytes=max_file_bytes)
+    for name in _OTHER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, output / name)
+    config_json = read_config(source)
+    write_config(output, config_json if dtype == SOURCE else with_dtype(config_json, dtype))
     return 0
+
+
+def _weights_of(policy: State, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+    """Whole weights in float32 under their Hugging Face names."""
+    for weight in stage_weights(shape, "logits", stage=0, stages=1):
+        for name, size in zip(weight.names, weight.shapes, strict=True):
+            whole = torch.empty(size)
+            policy.read([Piece(name=f"weight/{name}", offsets=(0,) * len(size), data=whole)])
+            yield name, whole

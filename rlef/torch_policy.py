@@ -3,14 +3,17 @@ against."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlef.config import OptimizerConfig
 from rlef.losses import token_logprobs
+from rlef.moments import MOMENTS, set_steps, steps_made
+from rlef.pieces import HeldState, Piece, State, require_same_network
 from rlef.ports import LossFunction, UpdateStats, combine_statistics
 from rlef.records import Batch
 from rlef.shards import Head
@@ -77,17 +80,36 @@ class TorchNetwork:
         for bucket in stage_buckets(self._model.shape, head, stage=0, stages=1):
             yield torch.cat([named[name].flatten() for weight in bucket for name in weight.names])
 
-    def state_dict(self) -> Mapping[str, Any]:
-        state: dict[str, Any] = {"model": self._model.state_dict(), "updates": self._updates}
+    def state_dict(self) -> HeldState:
+        counted = {}
         if self._settings is not None:
-            state["optimizer"] = self._optimizer.state_dict()
-        return state
+            counted = {"updates": self._updates, "steps": steps_made(self._optimizer)}
+        return HeldState(facts=self._facts() | counted, pieces=list(self._pieces()))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._model.load_state_dict(state["model"])
-        self._updates = state["updates"]
+    def load_state_dict(self, state: State) -> None:
+        require_same_network(state.facts, self._facts())
         if self._settings is not None:
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._updates = state.facts["updates"]
+            set_steps(self._optimizer, state.facts["steps"])
+        state.read(self._pieces())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            **asdict(self._model.shape),
+            "head": self._model.head,
+            "trained": self._settings is not None,
+        }
+
+    def _pieces(self) -> Iterator[Piece]:
+        for name, weight in self._model.named_parameters():
+            kept = {"weight": weight.detach()}
+            if self._settings is not None:
+                kept |= {moment: self._optimizer.state[weight][moment] for moment in self._moments(weight)}
+            for kind, whole in kept.items():
+                yield Piece(name=f"{kind}/{name}", offsets=(0,) * whole.ndim, data=whole)
+
+    def _moments(self, weight: nn.Parameter) -> Sequence[str]:
+        return MOMENTS if weight in self._optimizer.state else ()
 
     def _outputs(self, batch: Batch) -> Tensor:
         outputs: Tensor = self._model(batch.token_ids, batch.position_ids, batch.cu_seqlens)

@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from rlef import problems as sources
 from rlef.bridge import LearnersEnd
 from rlef.checkpoint import CheckpointStore
@@ -39,7 +37,6 @@ from rlef.rollout import Collection
 from rlef.run_folder import RunFolder, only_one_run, open_run_folder
 from rlef.sampling import Colocated, Disaggregated, OwnRollouts, Rollouts, sample
 from rlef.stopping import StopRequest
-from rlef.streaming import merged
 from rlef.telemetry import BETWEEN_STEPS, Telemetry
 from rlef.words import Words
 
@@ -69,10 +66,12 @@ def train(config: Config, folder: RunFolder) -> int:
                 run.evaluate("interim")
         if step < config.run.steps:
             run.save(step)
+            run.finish_saving()
             run.telemetry.note(
                 f"stopped and saved after step {step} of {config.run.steps}; --resume auto continues"
             )
         else:
+            run.finish_saving()  # before a summary says that the run is over
             run.evaluate("final")
         run.rollouts.end()
     return 0
@@ -151,24 +150,25 @@ class Run:
             max_skipped_updates=config.run.max_skipped_updates,
         )
         self._pace = Pace(self.networks.parallel.device) if self.networks.parallel.world_size > 1 else None
-        self._checkpoint: Path | None = None  # the last one
         self._origin = 0  # where in the training problems step 0 began
         self._eval_problems = sources.load(config, "eval")
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
+        stack.callback(self._store.close)
         self._stack = stack
 
     def resume(self) -> int:
         """Take up the newest checkpoint, or the one that the user named. Steps completed."""
         named = self._folder.checkpoint
         checkpoint = self._store.load(named) if named else self._store.load_latest()
-        step, under_way = 0, ""
+        step = 0
+        under_way: Sequence[str] = ()
         if checkpoint is not None:
-            step, self._checkpoint = checkpoint.step, checkpoint.path
-            self.networks.policy.load_state_dict(checkpoint.rank_state["policy"])
-            self.networks.value.load_state_dict(checkpoint.rank_state["value"])
+            step = checkpoint.step
+            self.networks.policy.load_state_dict(checkpoint.states["policy"])
+            self.networks.value.load_state_dict(checkpoint.states["value"])
             self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.episodes_per_step
             self._started -= checkpoint.shared["seconds"]
-            under_way = checkpoint.rank_state.get("rollouts", "")
+            under_way = checkpoint.rollouts
             self.rollouts.push(self.networks.policy, step)
         self.telemetry = self._stack.enter_context(
             Telemetry(
@@ -179,7 +179,7 @@ class Run:
                 rank=self.networks.parallel.rank,
             )
         )
-        self.rollouts.start(step, self._origin, _of_all(under_way))
+        self.rollouts.start(step, self._origin, under_way)
         return step
 
     def is_to_stop(self) -> bool:
@@ -189,13 +189,18 @@ class Run:
     def save(self, step: int) -> None:
         """Sampling draws from (seed, episode, position) alone, so there is no random state to keep."""
         with self._watch.phase(f"saving step {step}"), self.telemetry.timer.phase(_CHECKPOINT):
-            rank_state: dict[str, Any] = {
-                "policy": dict(self.networks.policy.state_dict()),
-                "value": dict(self.networks.value.state_dict()),
-                "rollouts": self.rollouts.save(),
+            states = {
+                "policy": self.networks.policy.state_dict(),
+                "value": self.networks.value.state_dict(),
             }
+            rollouts = self.rollouts.save()
             shared = {"cursor": self._position(step), "seconds": self._seconds()}
-            self._checkpoint = self._store.save(step, rank_state, shared)
+            self._store.save(step, states, shared, rollouts)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is whole."""
+        with self._watch.phase("saving"), self.telemetry.timer.phase(_CHECKPOINT):
+            self._store.finish()
 
     def collect(self, step: int) -> Collection:
         """The episodes of a step, on all processes."""
@@ -213,7 +218,7 @@ class Run:
             try:
                 return self.learner.step(episodes, train_policy=train_policy)
             except SkippedTooOftenError as error:
-                raise not_finite(error, step=step + 1, checkpoint=self._checkpoint) from error
+                raise not_finite(error, step=step + 1, checkpoint=self._store.finish()) from error
 
     def pace(self) -> dict[str, float]:
         """The process that others wait for most in this step, which is named if it is slow."""
@@ -282,13 +287,6 @@ class Run:
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started
-
-
-def _of_all(under_way: str) -> str:
-    """Collective: what all processes saved of their rollouts, one of which may have saved it for all."""
-    saved: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(saved, under_way)
-    return merged(each for each in saved if each)
 
 
 def _headline(figures: Mapping[str, Any]) -> str:

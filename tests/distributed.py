@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parent.parent
+_FOLDER = "RLEF_TEST_FOLDER"
 
 
 def run_ranks(
@@ -54,6 +55,11 @@ def run_ranks(
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
+def common_folder() -> Path:
+    """In one of the ranks: the folder that `run_ranks` was given."""
+    return Path(os.environ[_FOLDER])
+
+
 def _launch(name: str, ranks: int, folder: Path) -> int:
     """Import once, then fork: megatron takes longer to import than most tests take to run."""
     importlib.import_module("rlef.megatron_policy")
@@ -64,6 +70,7 @@ def _launch(name: str, ranks: int, folder: Path) -> int:
         os.environ.update(
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks)
         )
+    os.environ[_FOLDER] = str(folder)
     context = multiprocessing.get_context("fork")
     processes = {}
     for rank in range(ranks):

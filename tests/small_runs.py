@@ -15,6 +15,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from rlef.config import Config, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +94,24 @@ def run_here(folder: Path, *overrides: str, resume: str = "never") -> Path:
     with one_process_job():
         assert train(config, opened) == 0
     return opened.path
+
+
+def saved(run: Path, step: int) -> dict[str, Tensor]:
+    """Every whole tensor of a checkpoint by network, kind and name, put together from the pieces as they lie
+    in the files."""
+    parts: dict[str, list[tuple[list[int], Tensor]]] = {}
+    for file in (run / "checkpoints" / f"step-{step:06d}").glob("*.safetensors"):
+        for key, part in load_file(file).items():
+            name, offsets = key.rsplit("@", 1)
+            parts.setdefault(name, []).append(([int(offset) for offset in offsets.split(",")], part))
+    whole: dict[str, Tensor] = {}
+    for name, pieces in parts.items():
+        ends = [[offset + size for offset, size in zip(at, part.shape, strict=True)] for at, part in pieces]
+        whole[name] = torch.full([max(end) for end in zip(*ends, strict=True)], torch.nan)
+        for at, part in pieces:
+            slices = (slice(offset, offset + size) for offset, size in zip(at, part.shape, strict=True))
+            whole[name][tuple(slices)] = part
+    return whole
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:

@@ -60,10 +60,16 @@ def settings(weights: dict[str, Tensor]) -> Iterator[CollectSettings]:
 
 
 def rollouts(
-    settings: CollectSettings, problems: Sequence[Problem], *, max_staleness: int, steps: int = 4
+    settings: CollectSettings,
+    problems: Sequence[Problem],
+    *,
+    max_staleness: int,
+    steps: int = 4,
+    rank: int = 0,
+    processes: int = 1,
 ) -> AsynchronousRollouts:
     def problems_of(step: int) -> tuple[Sequence[Problem], Sequence[int]]:
-        numbers = range(step * PER_STEP, (step + 1) * PER_STEP)
+        numbers = range(step * PER_STEP, (step + 1) * PER_STEP)[rank::processes]
         return [problems[number] for number in numbers], numbers
 
     return AsynchronousRollouts(
@@ -165,12 +171,33 @@ def test_what_was_saved_under_way_is_what_it_would_have_become(
         with made.paused():
             saved = made.save()
     with closing(rollouts(settings, problems, max_staleness=2)) as made:
-        made.start(delay_steps, saved)
+        made.start(delay_steps, [saved])
         found = [episode for step in range(delay_steps, 2) for episode in made.take(step).episodes]
     assert_alike(
         found,
         [episode for step in range(delay_steps, 2) for episode in in_lockstep(settings, problems, step)],
     )
+
+
+def test_another_number_of_processes_goes_on_with_what_was_under_way(
+    settings: CollectSettings, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All episodes of one step, done by two processes, and then taken by three of them: none is sampled."""
+    saved: list[str] = []
+    for rank in range(2):
+        with closing(rollouts(settings, problems, max_staleness=1, steps=1, rank=rank, processes=2)) as made:
+            made.start(0)
+            made._in_loop(_all_done(made))
+            with made.paused():
+                saved.append(made.save())
+    expected = in_lockstep(settings, problems, 0)
+    monkeypatch.setattr(TorchSampler, "step", lambda self: pytest.fail(f"{self} sampled"))
+    found: list[Episode] = []
+    for rank in range(3):
+        with closing(rollouts(settings, problems, max_staleness=1, steps=1, rank=rank, processes=3)) as made:
+            made.start(0, saved)
+            found += made.take(0).episodes
+    assert_alike(sorted(found, key=lambda episode: episode.number), expected)
 
 
 def test_episodes_that_are_done_are_saved_and_not_sampled_again(
@@ -187,7 +214,7 @@ def test_episodes_that_are_done_are_saved_and_not_sampled_again(
             saved = made.save()
     monkeypatch.setattr(TorchSampler, "step", lambda self: pytest.fail(f"{self} sampled"))
     with closing(rollouts(settings, problems, max_staleness=1, steps=2)) as made:
-        made.start(0, saved)
+        made.start(0, [saved])
         assert_alike(made.take(0).episodes + made.take(1).episodes, expected)
 
 

@@ -1,10 +1,13 @@
 import itertools
+import json
 import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -12,18 +15,53 @@ import pytest
 import torch
 import torch.distributed
 
-from rlef import checkpoint
-from rlef.checkpoint import CheckpointError, CheckpointStore
+from rlef import checkpoint_files
+from rlef.checkpoint import CheckpointStore
+from rlef.checkpoint_files import Checkpoint, CheckpointError
 from rlef.config import ConfigError
+from rlef.pieces import HeldState, Piece
 from tests.small_runs import files_of_at_most
 
 
-def state_of(step: int) -> dict[str, Any]:
-    return {"weight": torch.full((3,), float(step)), "cursor": [step, "split"], "nothing": None}
+def state_of(step: int, *, numbers: int = 3) -> dict[str, HeldState]:
+    """Of a network that counts, with a vector of the step's number and a matrix."""
+    vector, matrix = torch.full((numbers,), float(step)), torch.full((2, 2), -float(step))
+    pieces = [
+        Piece(name="weight/vector", offsets=(0,), data=vector),
+        Piece(name="weight/matrix", offsets=(0, 0), data=matrix),
+    ]
+    return {"net": HeldState(facts={"updates": step}, pieces=pieces)}
 
 
-def save(directory: Path, step: int, *, keep: int = 2) -> Path:
-    return CheckpointStore(directory, keep=keep).save(step, state_of(step), {"seed": 7, "step": step})
+def save(directory: Path, step: int, *, keep: int = 2, asynchronous: bool = False) -> Path:
+    store = CheckpointStore(directory, keep=keep, asynchronous=asynchronous)
+    store.save(step, state_of(step), {"seed": 7, "step": step}, f"rollouts of {step}")
+    path = store.finish()
+    assert path is not None
+    return path
+
+
+def load(directory: Path) -> Checkpoint | None:
+    return CheckpointStore(directory, keep=2).load_latest()
+
+
+def read(checkpoint: Checkpoint, name: str, *sizes: int) -> torch.Tensor:
+    """A whole tensor of the network."""
+    whole = torch.full(sizes, torch.nan)
+    checkpoint.states["net"].read([Piece(name=f"weight/{name}", offsets=(0,) * len(sizes), data=whole)])
+    return whole
+
+
+def is_whole(checkpoint: Checkpoint) -> bool:
+    """Whether all that `save` gave is there, of one step."""
+    step = checkpoint.step
+    return (
+        checkpoint.states["net"].facts == {"updates": step}
+        and checkpoint.shared == {"seed": 7, "step": step}
+        and checkpoint.rollouts == [f"rollouts of {step}"]
+        and torch.equal(read(checkpoint, "vector", 3), torch.full((3,), float(step)))
+        and torch.equal(read(checkpoint, "matrix", 2, 2), torch.full((2, 2), -float(step)))
+    )
 
 
 def names(directory: Path) -> list[str]:
@@ -43,14 +81,19 @@ def in_child(action: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
-    path = save(tmp_path, 5)
-    loaded = CheckpointStore(tmp_path, keep=2).load_latest()
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_was_saved_is_what_is_loaded(tmp_path: Path, asynchronous: bool) -> None:
+    path = save(tmp_path, 5, asynchronous=asynchronous)
+    loaded = load(tmp_path)
     assert loaded is not None
     assert (loaded.step, loaded.path) == (5, path)
-    assert torch.equal(loaded.rank_state["weight"], torch.tensor([5.0, 5.0, 5.0]))
-    assert loaded.rank_state["cursor"] == [5, "split"]
-    assert loaded.shared == {"seed": 7, "step": 5}
+    assert is_whole(loaded)
+
+
+def test_both_ways_to_save_write_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (save(tmp_path / str(way), 3, asynchronous=way) for way in (False, True))
+    assert names(first) == names(second)
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names(first))
 
 
 def test_optimizer_and_random_states_survive_unchanged(tmp_path: Path) -> None:
@@ -59,42 +102,48 @@ def test_optimizer_and_random_states_survive_unchanged(tmp_path: Path) -> None:
     weight.sum().backward()
     optimizer.step()
     numbers = np.random.default_rng(3)
-    state = {
-        "adam": optimizer.state_dict(),
-        "torch": torch.get_rng_state(),
-        "numpy": numbers.bit_generator.state,
-    }
-    CheckpointStore(tmp_path, keep=1).save(1, state, {})
-    loaded = CheckpointStore(tmp_path, keep=1).load_latest()
+    generator = dict(numbers.bit_generator.state)
+    tensors = {"exp_avg": optimizer.state[weight]["exp_avg"], "random": torch.get_rng_state()}
+    pieces = [Piece(name=name, offsets=(0,), data=tensor) for name, tensor in tensors.items()]
+    CheckpointStore(tmp_path, keep=1).save(1, {"net": HeldState(facts={}, pieces=pieces)}, generator)
+    loaded = load(tmp_path)
     assert loaded is not None
     resumed = np.random.default_rng()
-    resumed.bit_generator.state = loaded.rank_state["numpy"]
+    resumed.bit_generator.state = loaded.shared
     assert resumed.random() == numbers.random()
-    assert torch.equal(loaded.rank_state["torch"], state["torch"])
-    saved_moment = optimizer.state_dict()["state"][0]["exp_avg"]
-    assert torch.equal(loaded.rank_state["adam"]["state"][0]["exp_avg"], saved_moment)
+    for name, tensor in tensors.items():
+        target = torch.zeros_like(tensor)
+        loaded.states["net"].read([Piece(name=name, offsets=(0,), data=target)])
+        assert torch.equal(target, tensor)
 
 
 @pytest.mark.parametrize(
-    "value", [1, 1.5, True, None, "text", b"bytes", 1 << 100, torch.float32, torch.Size([2])]
+    "value", [1, 1.5, 1e-300, 0.1 + 0.2, float("inf"), True, None, "text", 1 << 100, [1, {"a": ["b"]}]]
 )
-def test_every_scalar_that_save_accepts_loads_again(tmp_path: Path, value: Any) -> None:
-    CheckpointStore(tmp_path, keep=1).save(1, {"value": value, "nested": ({1: [value]},)}, {})
-    loaded = CheckpointStore(tmp_path, keep=1).load_latest()
+def test_every_value_that_save_accepts_loads_again(tmp_path: Path, value: Any) -> None:
+    CheckpointStore(tmp_path, keep=1).save(1, {}, {"value": value, "nested": [{"1": [value]}]})
+    loaded = load(tmp_path)
     assert loaded is not None
-    assert dict(loaded.rank_state) == {"value": value, "nested": ({1: [value]},)}
+    assert loaded.shared == {"value": value, "nested": [{"1": [value]}]}
 
 
-@pytest.mark.parametrize("value", [np.float64(1.0), np.ones(2), {1, 2}, Path("here"), print])
+@pytest.mark.parametrize(
+    "value", [np.float64(1.0), np.ones(2), {1, 2}, (1, 2), b"bytes", Path("here"), print]
+)
 def test_a_type_that_would_not_load_is_refused_before_anything_is_written(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(ValueError, match=r"rank_state\['outer'\]\[1\] is a .*convert it"):
-        CheckpointStore(tmp_path, keep=1).save(1, {"outer": [0, value]}, {})
+    with pytest.raises(ValueError, match=r"shared\['outer'\]\[1\] is a .*convert it"):
+        CheckpointStore(tmp_path, keep=1).save(1, {}, {"outer": [0, value]})
     assert names(tmp_path) == []
+
+
+def test_a_key_that_json_would_change_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a key of shared is 1: a checkpoint's keys are strings"):
+        CheckpointStore(tmp_path, keep=1).save(1, {}, {1: "one"})  # type: ignore[dict-item]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path / "absent", keep=1).load_latest() is None
-    assert CheckpointStore(tmp_path, keep=1).load_latest() is None
+    assert load(tmp_path) is None
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -113,10 +162,10 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 4)
-    CheckpointStore(tmp_path, keep=2).save(4, {"weight": "new"}, {})
-    loaded = CheckpointStore(tmp_path, keep=2).load_latest()
+    CheckpointStore(tmp_path, keep=2).save(4, {}, {"weight": "new"})
+    loaded = load(tmp_path)
     assert loaded is not None
-    assert loaded.rank_state == {"weight": "new"}
+    assert loaded.shared == {"weight": "new"}
     assert names(tmp_path) == ["step-000004"]
 
 
@@ -130,7 +179,7 @@ def test_an_abandoned_continuation_does_not_outlive_the_next_save(tmp_path: Path
 def test_leftover_temporary_folders_go_with_the_next_save(tmp_path: Path) -> None:
     (tmp_path / ".step-000001.writing").mkdir()
     (tmp_path / ".step-000001.removed").mkdir()
-    (tmp_path / ".step-000001.removed" / "rank-00000.pt").write_text("half")
+    (tmp_path / ".step-000001.removed" / "rank-00000-0000.safetensors").write_text("half")
     (tmp_path / "notes").mkdir()
     save(tmp_path, 2)
     assert names(tmp_path) == ["notes", "step-000002"]
@@ -147,7 +196,9 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["rank-00000.pt", "shared.pt", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["rank-00000-0000.safetensors", "rollouts-00000.json", "common.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 def test_a_damaged_newest_is_named_and_the_one_before_it_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[Path], None]
@@ -155,7 +206,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_is_used(
     save(tmp_path, 1)
     save(tmp_path, 2)
     damage(tmp_path / "step-000002" / name)
-    loaded = CheckpointStore(tmp_path, keep=2).load_latest()
+    loaded = load(tmp_path)
     assert loaded is not None
     assert loaded.step == 1
     (message,) = caplog.messages
@@ -166,11 +217,11 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_is_used(
 
 def test_none_valid_is_none_for_auto_and_an_error_by_name(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    truncate(path / "rank-00000.pt")
+    truncate(path / "rank-00000-0000.safetensors")
     store = CheckpointStore(tmp_path, keep=2)
     assert store.load_latest() is None
     with pytest.raises(
-        CheckpointError, match=r"rank-00000\.pt has \d+ bytes instead of \d+: delete the folder"
+        CheckpointError, match=r"rank-00000-0000\.safetensors has \d+ bytes instead of \d+: delete the folder"
     ):
         store.load(path)
 
@@ -182,43 +233,96 @@ def test_a_path_that_is_no_checkpoint_is_an_error_that_says_what_one_looks_like(
         CheckpointStore(tmp_path, keep=1).load(tmp_path / "nowhere")
 
 
-def test_a_later_format_is_refused_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT", 99)
-    path = save(tmp_path, 1)
-    monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="has format 99, this rlef reads 1: use the rlef that wrote it"):
-        CheckpointStore(tmp_path, keep=1).load(path)
-
-
-def test_another_layout_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    CheckpointStore(tmp_path, keep=1, layout={"parallel.tensor": 2}).save(1, {}, {})
-    with pytest.raises(ConfigError, match=r"parallel\.tensor is 1, but .*step-000001 was saved with 2: set"):
-        CheckpointStore(tmp_path, keep=1, layout={"parallel.tensor": 1}).load_latest()
-
-
-def test_an_optimizer_that_is_split_otherwise_is_refused_with_words_that_a_run_file_takes(
-    tmp_path: Path,
+def test_another_format_is_refused_by_its_number_and_never_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "parallel.distributed_optimizer"
-    CheckpointStore(tmp_path, keep=1, layout={name: True}).save(1, {}, {})
-    with pytest.raises(ConfigError, match=rf"{name} is false, but .* with true: set {name}=true to continue"):
-        CheckpointStore(tmp_path, keep=1, layout={name: False}).load_latest()
-
-
-@pytest.mark.parametrize("numbers", [3, 1_000_000])  # torch hides what a large tensor's write met
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(tmp_path: Path, numbers: int) -> None:
+    """To start from the one before it would be to lose it with the next save."""
     save(tmp_path, 1)
-    with files_of_at_most(200), pytest.raises(CheckpointError) as raised:
-        CheckpointStore(tmp_path, keep=2).save(2, {"weight": torch.ones(numbers)}, {})
-    file = tmp_path / ".step-000002.writing" / "rank-00000.pt"
+    monkeypatch.setattr(checkpoint_files, "FORMAT", 99)
+    path = save(tmp_path, 2)
+    monkeypatch.undo()
+    for loading in (lambda: load(tmp_path), lambda: CheckpointStore(tmp_path, keep=1).load(path)):
+        with pytest.raises(
+            ConfigError, match="step-000002 has format 99, this rlef reads 2: use the rlef that wrote it, or"
+        ):
+            loading()
+
+
+def test_a_folder_of_the_first_format_is_refused_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "step-000001"
+    path.mkdir()
+    layout = {"parallel.processes": 1, "parallel.tensor": 1}
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "step": 1, "layout": layout, "files": []}))
+    with pytest.raises(ConfigError, match="step-000001 has format 1, this rlef reads 2"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("numbers", [3, 1_000_000])
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(
+    tmp_path: Path, numbers: int, asynchronous: bool
+) -> None:
+    save(tmp_path, 1)
+    store = CheckpointStore(tmp_path, keep=2, asynchronous=asynchronous)
+
+    def save_all() -> None:
+        store.save(2, state_of(2, numbers=numbers), {})
+        store.finish()
+
+    with files_of_at_most(100), pytest.raises(CheckpointError) as raised:
+        save_all()
+    file = tmp_path / ".step-000002.writing" / "rank-00000-0000.safetensors"
     assert str(raised.value) == (
         f"[Errno 27] File too large: '{file}': check the disk's free space and permissions; "
         "earlier checkpoints are whole"
     )
     assert names(tmp_path) == ["step-000001"]  # the room is given back
-    loaded = CheckpointStore(tmp_path, keep=2).load_latest()
+    loaded = load(tmp_path)
     assert loaded is not None
     assert loaded.step == 1
+
+
+def test_a_full_disk_is_told_by_the_next_save_which_writes_nothing(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2, asynchronous=True)
+    store.save(1, state_of(1), {})
+    assert store.finish() == tmp_path / "step-000001"
+    with files_of_at_most(100):
+        store.save(2, state_of(2), {})
+        store.close()  # until the thread has given up
+    with pytest.raises(CheckpointError, match=r"File too large: .*earlier checkpoints are whole"):
+        store.save(3, state_of(3), {})
+    assert names(tmp_path) == ["step-000001"]
+    assert store.finish() == tmp_path / "step-000001"  # told once
+    store.save(4, state_of(4), {})
+    assert store.finish() == tmp_path / "step-000004"
+
+
+def test_what_changes_after_an_asynchronous_save_is_not_in_it(tmp_path: Path) -> None:
+    writing_begins = Event()
+    store = CheckpointStore(tmp_path, keep=1, asynchronous=True)
+    make_room = store._make_room
+
+    def wait_and_make_room(writing: Path) -> None:
+        assert writing_begins.wait(60)
+        make_room(writing)
+
+    store._make_room = wait_and_make_room  # type: ignore[method-assign]
+    state = state_of(5)
+    store.save(5, state, {"seed": 7, "step": 5}, "rollouts of 5")
+    for piece in state["net"].pieces:
+        piece.data.zero_()  # as the next update would
+    writing_begins.set()
+    store.finish()
+    loaded = load(tmp_path)
+    assert loaded is not None
+    assert is_whole(loaded)
+
+
+def test_close_lets_a_save_under_way_end(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1, asynchronous=True)
+    store.save(1, state_of(1, numbers=1_000_000), {})
+    store.close()
+    assert names(tmp_path) == ["step-000001"]
 
 
 def kill_self_before_change(moment: int) -> None:
@@ -226,7 +330,7 @@ def kill_self_before_change(moment: int) -> None:
     changes = itertools.count(1)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        is_change = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+        is_change = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod") or (
             event == "open" and arguments[1] is not None and "w" in arguments[1]
         )
         if is_change and next(changes) == moment:
@@ -235,6 +339,7 @@ def kill_self_before_change(moment: int) -> None:
     sys.addaudithook(watch)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("already_there", "may_be_found"),
     [
@@ -248,6 +353,7 @@ def test_a_kill_before_any_change_to_the_file_system_leaves_a_whole_checkpoint(
     caplog: pytest.LogCaptureFixture,
     already_there: tuple[int, ...],
     may_be_found: set[int | None],
+    asynchronous: bool,
 ) -> None:
     found = set()
     for moment in itertools.count(1):
@@ -257,12 +363,12 @@ def test_a_kill_before_any_change_to_the_file_system_leaves_a_whole_checkpoint(
 
         def die_while_saving(moment: int = moment, directory: Path = directory) -> None:
             kill_self_before_change(moment)
-            save(directory, 3)
+            save(directory, 3, asynchronous=asynchronous)
 
         status = in_child(die_while_saving)
-        loaded = CheckpointStore(directory, keep=2).load_latest()
+        loaded = load(directory)
         found.add(loaded.step if loaded else None)
-        assert loaded is None or torch.equal(loaded.rank_state["weight"], state_of(loaded.step)["weight"])
+        assert loaded is None or is_whole(loaded)
         save(directory, 10, keep=1)
         assert names(directory) == ["step-000010"]
         if os.WIFEXITED(status):
@@ -274,31 +380,38 @@ def test_a_kill_before_any_change_to_the_file_system_leaves_a_whole_checkpoint(
     assert caplog.messages == []  # nothing half-written was ever taken for a checkpoint
 
 
-def test_a_kill_in_the_middle_of_writing_a_file_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_kill_in_the_middle_of_writing_a_file_leaves_the_checkpoint_before(
+    tmp_path: Path, asynchronous: bool
+) -> None:
     save(tmp_path, 1)
+    file = tmp_path / ".step-000002.writing" / "rank-00000-0000.safetensors"
+
+    def die() -> None:
+        while not file.exists() or file.stat().st_size == 0:
+            time.sleep(0.0001)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def die_while_writing() -> None:
-        class Dying(checkpoint._HashingFile):
-            def write(self, data: bytes) -> int:
-                written = super().write(data)
-                self.flush()
-                if self.bytes > 100_000:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return written
+        Thread(target=die).start()
+        store = CheckpointStore(tmp_path, keep=2, asynchronous=asynchronous)
+        store.save(2, state_of(2, numbers=20_000_000), {})  # 80 MB, of which some is written
+        store.finish()
 
-        checkpoint._HashingFile = Dying  # type: ignore[misc]
-        CheckpointStore(tmp_path, keep=2).save(2, {f"{index}": torch.ones(10_000) for index in range(10)}, {})
-
-    status = in_child(die_while_writing)
-    assert os.WIFSIGNALED(status)
-    assert (tmp_path / ".step-000002.writing" / "rank-00000.pt").stat().st_size > 100_000
-    loaded = CheckpointStore(tmp_path, keep=2).load_latest()
+    assert os.WTERMSIG(in_child(die_while_writing)) == signal.SIGKILL
+    assert names(tmp_path) == [".step-000002.writing", "step-000001"]
+    assert not (file.parent / "manifest.json").exists()
+    loaded = load(tmp_path)
     assert loaded is not None
+    assert is_whole(loaded)
     assert loaded.step == 1
 
 
-def run_two_ranks(directory: Path, action: Callable[[int], Any]) -> list[Any]:
-    """Run `action(rank)` in two gloo processes and give what they return, rank by rank."""
+def run_two_ranks(directory: Path, action: Callable[[int], Any], *, killed: int | None = None) -> list[Any]:
+    """Run `action(rank)` in two gloo processes and give what they return, rank by rank.
+
+    `killed`: this one is expected to kill itself, and returns nothing.
+    """
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
 
@@ -307,58 +420,98 @@ def run_two_ranks(directory: Path, action: Callable[[int], Any]) -> list[Any]:
             "gloo", init_method=f"file://{directory / 'rendezvous'}", rank=rank, world_size=2
         )
         answers.put((rank, action(rank)))
-        torch.distributed.destroy_process_group()
+        if killed is None:
+            torch.distributed.destroy_process_group()
 
     processes = [context.Process(target=process, args=(rank,)) for rank in range(2)]
     for started in processes:
         started.start()
-    for started in processes:
-        started.join(timeout=60)
-        assert started.exitcode == 0
-    return [answer for _, answer in sorted(answers.get() for _ in range(2))]
+    for rank, started in enumerate(processes):
+        started.join(timeout=120)
+        assert started.exitcode == (-signal.SIGKILL if rank == killed else 0)
+    return [answer for _, answer in sorted(answers.get() for _ in range(2 - (killed is not None)))]
+
+
+def half_of(rank: int, step: int) -> dict[str, HeldState]:
+    """One of two rows, full of 10 * step + rank."""
+    row = torch.full((1, 3), 10.0 * step + rank)
+    return {"net": HeldState(facts={}, pieces=[Piece(name="weight/rows", offsets=(rank, 0), data=row)])}
 
 
 @pytest.mark.multiprocess
-def test_two_ranks_get_their_own_state_and_pass_over_a_checkpoint_that_is_damaged_for_one(
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_two_ranks_write_one_whole_and_pass_over_a_checkpoint_of_which_one_file_is_damaged(
+    tmp_path: Path, asynchronous: bool
+) -> None:
+    directory = tmp_path / "checkpoints"
+
+    def save_damage_load(rank: int) -> tuple[int, list[float], list[str]]:
+        store = CheckpointStore(directory, keep=2, rank=rank, world_size=2, asynchronous=asynchronous)
+        for step in (1, 2):
+            store.save(step, half_of(rank, step), {"ours": step}, f"rollouts of {rank}")
+            torch.distributed.all_reduce(torch.ones(1))  # as training does meanwhile
+        store.finish()
+        if rank == 0:
+            truncate(directory / "step-000002" / "rank-00001-0000.safetensors")
+        torch.distributed.barrier()
+        loaded = store.load_latest()
+        assert loaded is not None
+        assert loaded.shared == {"ours": loaded.step}
+        return loaded.step, read(loaded, "rows", 2, 3)[:, 0].tolist(), sorted(loaded.rollouts)
+
+    rollouts = ["rollouts of 0", "rollouts of 1"]
+    assert run_two_ranks(tmp_path, save_damage_load) == [(1, [10.0, 11.0], rollouts)] * 2
+    loaded = load(directory)  # by another number of processes
+    assert loaded is not None
+    assert read(loaded, "rows", 2, 3)[:, 0].tolist() == [10.0, 11.0]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_fault_of_one_rank_is_raised_on_both_and_leaves_the_earlier_checkpoint(
+    tmp_path: Path, asynchronous: bool
+) -> None:
+    directory = tmp_path / "checkpoints"
+
+    def save_with_a_full_disk(rank: int) -> str:
+        store = CheckpointStore(directory, keep=1, rank=rank, world_size=2, asynchronous=asynchronous)
+        store.save(1, half_of(rank, 1), {})
+        store.finish()
+
+        def save_again() -> None:
+            store.save(2, half_of(rank, 2), {})
+            store.finish()
+
+        with files_of_at_most(50 if rank == 1 else 1 << 30), pytest.raises(CheckpointError) as raised:
+            save_again()
+        return str(raised.value)
+
+    first, second = run_two_ranks(tmp_path, save_with_a_full_disk)
+    assert first == second
+    assert "File too large: " in first
+    assert "rank-00001-0000.safetensors" in first
+    assert names(directory) == ["step-000001"]
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_is_killed_while_a_save_is_under_way_leaves_the_earlier_checkpoint(
     tmp_path: Path,
 ) -> None:
     directory = tmp_path / "checkpoints"
 
-    def save_damage_load(rank: int) -> tuple[int, int, int]:
-        store = CheckpointStore(directory, keep=2, rank=rank, world_size=2)
-        for step in (1, 2):
-            store.save(step, {"mine": 10 * step + rank}, {"ours": step})
-        if rank == 0:
-            truncate(directory / "step-000002" / "rank-00001.pt")
-        torch.distributed.barrier()
-        loaded = store.load_latest()
-        assert loaded is not None
-        return loaded.step, loaded.rank_state["mine"], loaded.shared["ours"]
-
-    assert run_two_ranks(tmp_path, save_damage_load) == [(1, 10, 1), (1, 11, 1)]
-
-
-@pytest.mark.multiprocess
-def test_a_fault_of_one_rank_is_raised_on_both(tmp_path: Path) -> None:
-    def save_with_a_bad_rank(rank: int) -> str:
-        store = CheckpointStore(tmp_path / "checkpoints", keep=1, rank=rank, world_size=2)
-        with pytest.raises(ValueError, match="convert it") as raised:
-            store.save(1, {"state": print if rank == 1 else 0}, {})
+    def save_and_kill(rank: int) -> str:
+        store = CheckpointStore(directory, keep=1, rank=rank, world_size=2, asynchronous=True, timeout_s=20)
+        store.save(1, half_of(rank, 1), {})
+        store.finish()
+        if rank == 1:
+            kill_self_before_change(1)  # the first file that it writes
+        store.save(2, half_of(rank, 2), {})
+        with pytest.raises(RuntimeError, match="gloo") as raised:
+            store.finish()
         return str(raised.value)
 
-    first, second = run_two_ranks(tmp_path, save_with_a_bad_rank)
-    assert first == second
-    assert first.startswith("rank_state['state'] is a builtin_function_or_method")
-
-
-@pytest.mark.multiprocess
-def test_another_number_of_processes_is_refused_with_both_numbers(tmp_path: Path) -> None:
-    directory = tmp_path / "checkpoints"
-    run_two_ranks(
-        tmp_path,
-        lambda rank: str(CheckpointStore(directory, keep=1, rank=rank, world_size=2).save(3, {}, {})),
-    )
-    with pytest.raises(
-        ConfigError, match=r"parallel\.processes is 1, but .*step-000003 was saved with 2: set"
-    ):
-        CheckpointStore(directory, keep=1).load_latest()
+    run_two_ranks(tmp_path, save_and_kill, killed=1)
+    assert names(directory) == [".step-000002.writing", "step-000001"]
+    loaded = load(directory)
+    assert loaded is not None
+    assert read(loaded, "rows", 2, 3)[:, 0].tolist() == [10.0, 11.0]

@@ -118,7 +118,7 @@ def test_an_override_is_a_toml_value_or_a_bare_word(
         ("run.seed=", "run.seed = '': Input should be a valid integer"),
         ("rollout.turn=2", "unknown setting 'rollout.turn'; did you mean 'rollout.turns'?"),
         ("rolout.turns=2", "unknown setting 'rolout'; did you mean 'rollout'?"),
-        ("checkpoint.zzz=2", "unknown setting 'checkpoint.zzz'; known keys: every_steps, keep"),
+        ("checkpoint.zzz=2", "unknown setting 'checkpoint.zzz'; known keys: every_steps, keep, asynchronous"),
         ("rollout.turns=0", "rollout.turns = 0: Input should be greater than or equal to 1"),
         ("rollout.turns=two", "rollout.turns = 'two': Input should be a valid integer"),
         ('rollout.turns="2"', "rollout.turns = '2': Input should be a valid integer"),

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from lower floors only, so modules of one floor do not know each other.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
-    frozenset({"config", "files", "records"}),
-    frozenset({"job", "ports", "stopping"}),
+    frozenset({"config", "files", "pieces", "records"}),
+    frozenset({"job", "judging", "ports", "stopping"}),
     frozenset(
         {
             "advantages",
@@ -27,6 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "families",
             "faults",
             "losses",
+            "moments",
             "packing",
             "plan_cluster",
             "plan_model",
@@ -39,6 +40,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         {
             "analysis",
             "attention",
+            "checkpoint_files",
             "hidden_conventions",
             "launch",
             "megatron_cpu",
@@ -48,7 +50,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
-    frozenset({"weights"}),
+    frozenset({"problem_check", "sources", "weights"}),
     frozenset(
         {
             "bridge",
@@ -95,6 +97,7 @@ DOORS = {
     "triton": {path.stem for path in (ROOT / "kernels" / "rlef_kernels").glob("_*_triton.py")},
 }
 
+PACKAGES = {path.parent.name for path in (ROOT / "rlef").glob("*/__init__.py")}
 TRAINER = sorted((ROOT / "rlef").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "rlef_kernels").rglob("*.py"))
 SANDBOX = sorted((ROOT / "sandbox" / "rlef_sandbox").rglob("*.py"))
@@ -118,7 +121,7 @@ def own_modules(source: Path) -> set[str]:
     """Which modules of the trainer, and which of its two libraries, a file imports."""
     modules = packages(source) & {"rlef_kernels", "rlef_sandbox"}
     inside = {name.split(".")[1] for name in imports(source) if name.startswith("rlef.")}
-    return modules | {name for name in inside if (ROOT / "rlef" / f"{name}.py").exists()}
+    return modules | {name for name in inside if any((ROOT / "rlef").glob(f"{name}.py")) or name in PACKAGES}
 
 
 def floor_of(module: str) -> int:

@@ -156,7 +156,7 @@ def test_each_episode_is_used_in_one_update() -> None:
     episodes = [episode("." + "#" * length, seed=length, solved=length % 2 == 0) for length in (1, 2, 3, 4)]
     metrics = learner(nets, updates=2).step(episodes)
     assert metrics["policy/tokens"] * 2 == 1 + 2 + 3 + 4
-    assert nets.policy.state_dict()["updates"] == 2
+    assert nets.policy.state_dict().facts["updates"] == 2
 
 
 @pytest.mark.parametrize(("level", "values"), [("turn", 2), ("token", 5)])

@@ -5,20 +5,15 @@ One launch of four ranks plays all layouts and both kinds of embedding; the test
 
 from __future__ import annotations
 
-import copy
-import tempfile
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from rlef.checkpoint import CheckpointStore
-from rlef.config import Config, ParallelConfig
-from rlef.ports import ParallelState
-from tests.distributed import run_ranks
+from rlef.config import ParallelConfig
+from tests.distributed import common_folder, run_ranks
 from tests.megatron_examples import (
     QWEN2,
     QWEN3,
@@ -64,17 +59,22 @@ def play() -> dict[str, Any]:
     """On one rank: each layout's scores, updates and weights."""
     from megatron.core import parallel_state
 
+    from rlef.megatron_policy import initialize
+
+    rank = initialize(ParallelConfig()).rank
+    parallel_state.destroy_model_parallel()
+    store = CheckpointStore(common_folder() / "checkpoints", keep=1, rank=rank, world_size=RANKS)
     recorded: dict[str, Any] = {}
     with warnings.catch_warnings(record=True) as warned:
         for layout, parallel in LAYOUTS.items():
             for embedding in SHAPES:
-                recorded[f"{layout} {embedding}"] = _play_layout(parallel, embedding)
+                recorded[f"{layout} {embedding}"] = _play_layout(parallel, embedding, store)
             parallel_state.destroy_model_parallel()
     recorded["warnings"] = sorted({str(warning.message) for warning in warned})
     return recorded
 
 
-def _play_layout(parallel: ParallelConfig, embedding: str) -> dict[str, Any]:
+def _play_layout(parallel: ParallelConfig, embedding: str, store: CheckpointStore) -> dict[str, Any]:
     from rlef.megatron_policy import MegatronNetwork, initialize
 
     shape = SHAPES[embedding]
@@ -100,31 +100,20 @@ def _play_layout(parallel: ParallelConfig, embedding: str) -> dict[str, Any]:
             "frozen scores": frozen.forward(own),
             "updates": [network.update(own, loss)],
         }
-        saved = _saved(network.state_dict(), parallel, state)
-        moments = saved["optimizer"]["state"].values()
-        record[head]["moments"] = sum(moment["exp_avg"].numel() for moment in moments)
+        saved = network.state_dict()
+        record[head]["moments"] = sum(
+            piece.data.numel() for piece in saved.pieces if piece.name.startswith("exp_avg/")
+        )
+        store.save(1, {"network": saved}, {})
         record[head]["updates"].append(network.update(own, loss))
         record[head]["weights"] = dict(network.named_weights())
         resumed = MegatronNetwork(shape, random_weights(shape, seed=9), **settings)
-        resumed.load_state_dict(saved)
+        checkpoint = store.load_latest()
+        assert checkpoint is not None
+        resumed.load_state_dict(checkpoint.states["network"])
         resumed.update(own, loss)
         record[head]["resumed"] = dict(resumed.named_weights())
     return record
-
-
-def _saved(network: Mapping[str, Any], parallel: ParallelConfig, state: ParallelState) -> Mapping[str, Any]:
-    """A copy, made by a checkpoint on disk where ranks hold different parts of the optimiser."""
-    if not parallel.distributed_optimizer:
-        return copy.deepcopy(network)
-    with tempfile.TemporaryDirectory() as own:
-        folder = [own]
-        torch.distributed.broadcast_object_list(folder)
-        store = CheckpointStore.of_run(Path(folder[0]), Config(parallel=parallel), state)
-        store.save(1, network, {})
-        checkpoint = store.load_latest()
-        torch.distributed.barrier()  # rank 0 deletes the folder
-    assert checkpoint is not None
-    return checkpoint.rank_state
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from rlef import megatron_policy
 from rlef.config import ConfigError, OptimizerConfig, ParallelConfig
 from rlef.megatron_policy import MegatronNetwork, build_networks, initialize
 from rlef.packing import pack
+from rlef.pieces import HeldState
 from rlef.ports import LossFunction
 from rlef.records import Batch
 from tests.megatron_examples import (
@@ -58,6 +59,12 @@ def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
+
+
+def assert_same_tensors(found: HeldState, expected: HeldState) -> None:
+    for one, other in zip(found.pieces, expected.pieces, strict=True):
+        assert one.name == other.name
+        assert torch.equal(one.data, other.data), one.name
 
 
 def constant_loss(outputs: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -188,19 +195,16 @@ def test_a_loaded_state_is_not_shared_with_its_source() -> None:
     source.update(everything, loss)
     follower = policy()
     follower.load_state_dict(source.state_dict())
-    before = copy.deepcopy(source.state_dict()["optimizer"])
+    before = copy.deepcopy(source.state_dict())
     follower.update(everything, loss)
-    after = source.state_dict()["optimizer"]
-    for number, moments in before["state"].items():
-        assert torch.equal(after["state"][number]["exp_avg"], moments["exp_avg"])
-        assert after["state"][number]["step"] == 1
+    assert source.state_dict().facts == before.facts
+    assert_same_tensors(source.state_dict(), before)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tensor": 2}, r"the saved network has tensor = 2, this one 1; resume with the settings"),
-        ({"hidden_size": 32}, r"hidden_size = 32, this one 16"),
+        ({"hidden_size": 32}, r"the saved network has hidden_size = 32, this one 16; resume with the set"),
         ({"head": "value"}, r"head = value, this one logits"),
     ],
 )
@@ -209,30 +213,11 @@ def test_a_state_of_another_network_is_refused_and_nothing_loaded(
 ) -> None:
     network = policy()
     before = weights_of(network)
-    state = dict(network.state_dict())
-    state["weights"] = {name: tensor + 1 for name, tensor in state["weights"].items()}
-    state["layout"] = state["layout"] | change
+    state = network.state_dict()
+    moved = [replace(piece, data=piece.data + 1) for piece in state.pieces]
     with pytest.raises(ValueError, match=message):
-        network.load_state_dict(state)
+        network.load_state_dict(HeldState(facts={**state.facts, **change}, pieces=moved))
     assert_same_weights(weights_of(network), before)
-
-
-@pytest.mark.parametrize("split", [True, False])
-def test_a_state_whose_optimizer_is_split_otherwise_is_refused(split: bool) -> None:
-    """Both ways: what is split into parts into what is not, and the other way round."""
-    networks = [
-        MegatronNetwork(
-            UNTIED,
-            WEIGHTS,
-            head="logits",
-            parallel=ParallelConfig(distributed_optimizer=distributed),
-            optimizer=SMOOTH,
-            lr=1.0,
-        )
-        for distributed in (split, not split)
-    ]
-    with pytest.raises(ValueError, match=r"the saved network has optimizer_shards = .*; resume with the"):
-        networks[1].load_state_dict(networks[0].state_dict())
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -241,6 +226,7 @@ def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_moments(poison:
     network = policy()
     network.update(everything, ppo_policy_loss(everything, range(3)))
     before = copy.deepcopy(network.state_dict())
+    assert before.facts["steps"] == 1
 
     def poisoned(logits: Tensor, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         return logits.sum() * (poison if index == 1 else 1.0), {}
@@ -248,11 +234,8 @@ def test_a_gradient_that_is_not_finite_moves_neither_weights_nor_moments(poison:
     stats = network.update(everything, poisoned)
     after = network.state_dict()
     assert stats.skipped
-    for name, weight in before["weights"].items():
-        assert torch.equal(after["weights"][name], weight), name
-    for number, moments in before["optimizer"]["state"].items():
-        for name, moment in moments.items():
-            assert torch.equal(after["optimizer"]["state"][number][name], moment), name
+    assert after.facts["steps"] == 1
+    assert_same_tensors(after, before)
 
 
 def test_the_rate_warms_up_in_equal_steps_and_then_stays() -> None:
@@ -289,7 +272,7 @@ def test_a_frozen_network_scores_alike_and_cannot_learn() -> None:
     assert torch.equal(frozen.forward(batches())[0], learning.forward(batches())[0])
     with pytest.raises(ValueError, match="a frozen network cannot be updated"):
         frozen.update(batches(), constant_loss)
-    assert frozen.state_dict().keys() == {"layout", "weights"}
+    assert {piece.name.split("/")[0] for piece in frozen.state_dict().pieces} == {"weight"}
 
 
 def test_recomputation_keeps_less_than_half_and_runs_each_layer_twice() -> None:

@@ -59,16 +59,12 @@ def pull(outputs: Tensor, _index: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 def bytes_of(network: MegatronNetwork) -> tuple[int, int, int]:
     """Weights, gradient buffers and AdamW's moments that the network really holds after an update."""
-    state = network.state_dict()
-    moments = [
-        tensor
-        for states in state["optimizer"]["state"].values()
-        for name, tensor in states.items()
-        if name in {"exp_avg", "exp_avg_sq"}
-    ]
+    held = {"weight": 0, "exp_avg": 0, "exp_avg_sq": 0}
+    for piece in network.state_dict().pieces:
+        held[piece.name.split("/")[0]] += nbytes(piece.data)
     assert network._training is not None
     buffers = [buffer.grad_data for buffer in network._training.model.buffers]
-    return sum(map(nbytes, state["weights"].values())), sum(map(nbytes, buffers)), sum(map(nbytes, moments))
+    return held["weight"], sum(map(nbytes, buffers)), held["exp_avg"] + held["exp_avg_sq"]
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -113,7 +109,8 @@ def test_activations_are_those_that_autograd_keeps() -> None:
 def bytes_kept(shape: ModelShape) -> int:
     """What autograd keeps of an update with one micro-batch, each storage once, without the weights."""
     network = MegatronNetwork(shape, random_weights(shape), head="logits", optimizer=SMOOTH, lr=1.0)
-    weights = {tensor.untyped_storage().data_ptr() for tensor in network.state_dict()["weights"].values()}
+    pieces = network.state_dict().pieces
+    weights = {piece.data.untyped_storage().data_ptr() for piece in pieces}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ GOOD = {
     "public_tests": [{"input": "2\n", "expected_output": "4\n"}],
     "private_tests": [{"input": "5\n", "expected_output": "10\n"}],
     "time_limit_s": 1.5,
-    "memory_limit_bytes": 1000,
+    "memory_limit_bytes": 2_000_000,
     "source": "hand",
 }
+CALL = {"arguments": [[1, 2], {"a": None}], "expected": 3.5}
+VALUE = {"expression": "f((1, 2))", "expected": "{(1, 2): 1e999}"}
+RAISES = {"assertion": "assert f(1) == 2"}
 
 
 def write(path: Path, *rows: object) -> Path:
@@ -40,7 +44,7 @@ def test_a_line_becomes_a_problem(tmp_path: Path) -> None:
     (problem,) = read_jsonl(write(tmp_path / "p.jsonl", GOOD), defaults=ExecutorConfig())
     assert problem.statement == "Print twice the number."
     assert problem.public_tests == (Test("2\n", "4\n"),)
-    assert (problem.time_limit_s, problem.memory_limit_bytes) == (1.5, 1000)
+    assert (problem.time_limit_s, problem.memory_limit_bytes) == (1.5, 2_000_000)
 
 
 def test_missing_limits_are_the_settings_defaults(tmp_path: Path) -> None:
@@ -54,6 +58,78 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "p.jsonl", iter(problems))
     assert list(read_jsonl(tmp_path / "p.jsonl", defaults=ExecutorConfig())) == problems
     assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"judge": "exact", "flags": ["several_answers"], "difficulty": "hard", "rating": 1500},
+        {
+            "judge": {"absolute": 1e-6, "relative": 0.0, "ignore_case": True},
+            "incorrect_solutions": ["print()"],
+        },
+        {
+            "judge": {"checker": "def check(*texts): return True"},
+            "prelude": "import math",
+            "starter_code": "d",
+        },
+        {"public_tests": [CALL], "private_tests": [CALL, CALL], "function": "solve"},
+        {"public_tests": [VALUE], "private_tests": [VALUE], "function": "f"},
+        {"public_tests": [RAISES], "private_tests": [RAISES], "solutions": ["def f(n): return n + 1"]},
+    ],
+)
+def test_every_field_is_read_and_written_back_as_it_was(tmp_path: Path, fields: dict[str, object]) -> None:
+    path, again = write(tmp_path / "p.jsonl", GOOD | fields), tmp_path / "again.jsonl"
+    write_jsonl(again, read_jsonl(path, defaults=ExecutorConfig()))
+    assert json.loads(again.read_text(encoding="utf-8")) == GOOD | fields
+
+
+def test_line_ends_of_other_systems_and_a_missing_last_one_change_nothing(tmp_path: Path) -> None:
+    plain = write(tmp_path / "p.jsonl", GOOD, GOOD | {"id": "other"})
+    lines = plain.read_bytes().splitlines()
+    other = tmp_path / "crlf.jsonl"
+    other.write_bytes(b"\r\n".join(lines))
+    read = [list(read_jsonl(path, defaults=ExecutorConfig())) for path in (plain, other)]
+    assert read[0] == read[1]
+    assert len(read[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"id": "\xff"}', b'{"id": "\\ud800"}', b"[" * 100_000, b'{"id": ' + b"9" * 5000 + b"}"]
+)
+def test_what_is_no_text_or_too_deep_is_named_by_its_line(tmp_path: Path, line: bytes) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD)
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    assert "p.jsonl, line 2: not JSON" in error_of(path)
+
+
+def test_a_test_beyond_the_limit_is_refused_with_its_size_and_the_setting(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.jsonl", GOOD | {"private_tests": [{"input": "é" * 40, "expected_output": "1"}]}
+    )
+    with pytest.raises(ConfigError, match=r"'private_tests.0': 81 bytes, and problems.max_test_bytes = 80"):
+        list(read_jsonl(path, defaults=ExecutorConfig(), max_test_bytes=80))
+    assert len(list(read_jsonl(path, defaults=ExecutorConfig(), max_test_bytes=81))) == 1
+
+
+def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    with path.open("wb") as file:
+        file.truncate(200 << 20)  # 200 MB of NULs that take no room on the disk
+    tracemalloc.start()
+    with pytest.raises(
+        ConfigError, match=r"line 1: longer than 16,777,216 bytes; .* problems.max_test_bytes"
+    ):
+        list(read_jsonl(path, defaults=ExecutorConfig(), max_test_bytes=1 << 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 << 20
+
+
+def test_a_problem_that_is_a_dialog_with_a_judge_cannot_be_trained_on(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD | {"flags": ["interactive"]})
+    with pytest.raises(ConfigError, match=r"problems.train: .*'double' has the flag 'interactive'"):
+        load(Config(problems=ProblemsConfig(train=str(path))), "train")
 
 
 def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
@@ -71,6 +147,23 @@ def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
         ({"time_limit_s": -1}, "time_limit_s"),
         ({"memory_limit_bytes": "1 GB"}, "memory_limit_bytes"),
         ({"colour": "red"}, "colour"),
+        ({"time_limit_s": 0}, "time_limit_s"),
+        ({"time_limit_s": 10**9}, "time_limit_s"),
+        ({"memory_limit_bytes": 1000}, "memory_limit_bytes"),
+        ({"memory_limit_bytes": 10**18}, "memory_limit_bytes"),
+        ({"judge": "any"}, "judge"),
+        ({"judge": {"absolute": -1}}, "judge.absolute"),
+        ({"flags": ["easy"]}, "flags.0"),
+        ({"function": "f"}, "function"),
+        ({"function": "f g", "public_tests": [CALL], "private_tests": [CALL]}, "function"),
+        ({"public_tests": [CALL], "private_tests": [CALL]}, "function"),
+        ({"private_tests": [CALL]}, "private_tests"),
+        ({"public_tests": [CALL | {"input": "1"}]}, "public_tests.0.input"),
+        (
+            {"public_tests": [VALUE], "private_tests": [VALUE | {"expected": "f()"}]},
+            "private_tests.0.expected",
+        ),
+        ({"public_tests": [RAISES], "private_tests": [{"assertion": " "}]}, "private_tests.0.assertion"),
     ],
 )
 def test_a_bad_field_is_reported_with_its_line_and_name(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from threading import Thread
 from typing import Protocol
 
@@ -15,10 +16,10 @@ from rlef.config import FeedbackKind, RolloutConfig
 from rlef.ports import Request, Response, SamplingParams
 from rlef.pretrained import model_folder
 from rlef.prompts import Dialog
-from rlef.records import Episode, Problem, TurnOutcome
-from rlef.rollout import Collection, collect, limits_of
+from rlef.records import Assertion, Episode, Expression, Problem, ProblemTest, TurnOutcome
+from rlef.rollout import Collection, collect
 from rlef.streaming import collect_overlapped
-from rlef_sandbox import Executor, SandboxFault, Test
+from rlef_sandbox import Call, Executor, SandboxFault, Test
 from tests.sandbox.processes import descendants, wait_until
 
 SETTINGS = RolloutConfig()
@@ -142,6 +143,26 @@ def test_an_episode_ends_when_the_public_tests_pass(run: Run, dialog: Dialog) ->
     assert episode.solved
 
 
+KINDS_OF_TESTS: dict[str, tuple[ProblemTest, ProblemTest, str]] = {
+    "calls": (Call([2], 4), Call([3], 6), "f"),
+    "expressions": (Expression("f(2)", "4"), Expression("f(3)", "6"), ""),
+    "assertions": (Assertion("assert f(2) == 4"), Assertion("assert f(3) == 6"), ""),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TESTS)
+def test_an_episode_is_judged_by_every_kind_of_test(run: Run, dialog: Dialog, kind: str) -> None:
+    public, private, function = KINDS_OF_TESTS[kind]
+    asked = replace(problem(), public_tests=(public,), private_tests=(private,), function=function)
+    right, square, wrong = (f"```python\ndef f(n): return {value}\n```" for value in ("2 * n", "n * n", "n"))
+    collection, script = run([wrong, right], problems=[asked])
+    assert (collection.episodes[0].solved, collection.tests_run) == (True, 3)
+    told = dialog.decode(script.asked[1])
+    assert "Your code failed these tests:" in told
+    assert "- input:\n" in told
+    assert not run([square], problems=[asked], turns=1)[0].episodes[0].solved
+
+
 def test_passing_the_public_tests_is_not_solving(run: Run, dialog: Dialog) -> None:
     (episode,) = run([SQUARE])[0].episodes
     assert outcomes(episode) == [TurnOutcome.PASSED]
@@ -240,13 +261,6 @@ def test_tests_run_counts_the_private_ones_up_to_the_first_failure(run: Run) -> 
     assert run([DOUBLE])[0].tests_run == 2 + 2
     assert run([SQUARE])[0].tests_run == 2 + 1
     assert run(["no idea"], turns=1)[0].tests_run == 0
-
-
-def test_the_problems_limits_hold_and_the_wall_clock_is_the_looser_one() -> None:
-    limits = limits_of(problem())
-    assert limits.cpu_s == 2.0
-    assert limits.wall_s == 6.0
-    assert limits.memory_bytes == 1 << 28
 
 
 def test_a_fault_of_the_sandbox_is_raised_and_not_scored(dialog: Dialog) -> None:

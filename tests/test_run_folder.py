@@ -130,7 +130,6 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
             "model.path=elsewhere",
             "model.path = 'elsewhere', but the run in {run} was started with 'embedded'; ",
         ),
-        ("parallel.processes=2", "parallel.processes = 2, but the run in {run} was started with 1; "),
         ("optimizer.lr=0.5", "optimizer.lr = 0.5, but the run in {run} was started with 0.3; "),
     ],
 )
@@ -141,7 +140,11 @@ def test_a_setting_that_weights_depend_on_may_not_change(tmp_path: Path, overrid
 
 
 @pytest.mark.parametrize(
-    "override", ["run.steps=9", "checkpoint.every_steps=7", "evaluation.every_steps=3", "executor.workers=2"]
+    "override",
+    [
+        *("run.steps=9", "checkpoint.every_steps=7", "evaluation.every_steps=3", "executor.workers=2"),
+        *("parallel.processes=2", "parallel.distributed_optimizer=true", "checkpoint.asynchronous=false"),
+    ],
 )
 def test_a_setting_that_no_weight_depends_on_may_change(tmp_path: Path, override: str) -> None:
     _, run = started(tmp_path)

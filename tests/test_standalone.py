@@ -17,7 +17,7 @@ from rlef.cli import main
 from rlef.families import read_config, read_shape
 from rlef.pretrained import read_pretrained, write_config, write_pretrained
 from rlef.torch_model import LlamaModel, initialise
-from tests.small_runs import one_process_job, run_file
+from tests.small_runs import one_process_job, run_file, saved
 
 
 def rlef(*arguments: str) -> Result:
@@ -76,8 +76,7 @@ def test_transformers_reads_the_exported_tokenizer(finished: Finished) -> None:
 
 
 def test_the_exported_policy_is_that_of_the_last_checkpoint(finished: Finished) -> None:
-    saved = torch.load(finished.run / "checkpoints" / "step-000002" / "rank-00000.pt", weights_only=True)
-    embedding = saved["policy"]["weights"]["embedding.word_embeddings.weight"]
+    embedding = saved(finished.run, 2)["policy/weight/model.embed_tokens.weight"]
     _, exported = read_pretrained(finished.exported)
     _, start = read_pretrained(finished.start)
     assert torch.equal(exported["model.embed_tokens.weight"], embedding)

@@ -13,19 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
+from rlef.cli import main
 from rlef.learner import Learner
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import FEEDBACK_OPENING, NO_CODE_FEEDBACK, UNTOLD_FEEDBACK, Dialog
-from rlef.records import Episode, ModelShape
-from rlef.shards import Head, StageWeight, cut_shard, join_shards, stage_weights
+from rlef.records import Episode
 from tests.small_runs import (
     Command,
     nothing_left_behind,
     read_lines,
     run_file,
     run_here,
+    saved,
     small_config,
 )
 
@@ -67,7 +69,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         command.wait_until_step(5)
         command.process.kill()
         command.wait()
-    truncate(newest_checkpoint(broken) / "rank-00001.pt")
+    truncate(newest_checkpoint(broken) / "rank-00001-0000.safetensors")
     with nothing_left_behind():
         command = start("interrupted", broken)
         command.wait_until_step(5)
@@ -91,36 +93,28 @@ def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def saved(run: Path, step: int, rank: int = 0) -> dict[str, Any]:
-    path = run / "checkpoints" / f"step-{step:06d}" / f"rank-{rank:05d}.pt"
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    return state
+def counted(run: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, without the seconds."""
+    common: dict[str, Any] = json.loads(
+        (run / "checkpoints" / f"step-{step:06d}" / "common.json").read_text()
+    )
+    del common["shared"]["seconds"]
+    return common
 
 
-def differences(one: Any, other: Any, place: str = "") -> list[str]:
-    """Where two trees of tensors and numbers are not equal, bit for bit."""
-    if isinstance(one, Tensor):
-        return [] if isinstance(other, Tensor) and torch.equal(one, other) else [place]
-    if isinstance(one, dict):
-        if one.keys() != other.keys():
-            return [f"{place}: keys"]
-        return [found for key in one for found in differences(one[key], other[key], f"{place}/{key}")]
-    if isinstance(one, list | tuple):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [found for number, (a, b) in pairs for found in differences(a, b, f"{place}/{number}")]
-    return [] if one == other else [place]
+def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that are not equal, bit for bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_interrupted_run_ends_with_the_weights_and_moments_of_an_uninterrupted_one(
-    story: Story, rank: int
-) -> None:
-    expected, found = saved(story.whole, STEPS, rank), saved(story.broken, STEPS, rank)
-    assert {"policy", "value"} <= expected.keys()
-    assert "exp_avg" in str(expected["policy"]["optimizer"])
+def test_an_interrupted_run_ends_with_the_weights_and_moments_of_an_uninterrupted_one(story: Story) -> None:
+    expected, found = saved(story.whole, STEPS), saved(story.broken, STEPS)
+    assert {"policy/weight/model.norm.weight", "value/exp_avg_sq/value_head.weight"} <= expected.keys()
     assert differences(expected, found) == []
+    assert counted(story.whole, STEPS) == counted(story.broken, STEPS)
 
 
 @pytest.mark.multiprocess
@@ -173,7 +167,11 @@ def test_a_killed_run_is_continued_and_says_so(story: Story) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_a_truncated_checkpoint_is_passed_over_and_named(story: Story) -> None:
-    told = next(line for line in story.outputs["interrupted"].splitlines() if "rank-00001.pt has" in line)
+    told = next(
+        line
+        for line in story.outputs["interrupted"].splitlines()
+        if "rank-00001-0000.safetensors has" in line
+    )
     assert told.endswith("delete the folder; using the checkpoint before it")
 
 
@@ -191,63 +189,63 @@ def test_ctrl_c_saves_and_exits_cleanly(story: Story) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_two_processes_learn_what_one_process_learns(story: Story, tmp_path: Path) -> None:
-    run = run_here(tmp_path)
-    heads: dict[str, Head] = {"policy": "logits", "value": "value"}
-    for network, head in heads.items():
-        one, two = saved(run, 2)[network]["weights"], saved(story.whole, 2)[network]["weights"]
-        assert_learned_alike(one, two, start_of(head))
+    one, two = saved(run_here(tmp_path), 2), saved(story.whole, 2)
+    assert_learned_alike(one, two, "policy")
+    assert_learned_alike(one, two, "value")
 
 
-def start_of(head: Head, model: str = "embedded") -> dict[str, Tensor]:
-    """Megatron's weights of a network before the first step."""
+def start_of(model: str = "embedded") -> dict[str, Tensor]:
+    """The weights of both networks before the first step."""
     shape, named = read_pretrained(model_folder(model))
-    named["value_head.weight"] = torch.zeros(1, shape.hidden_size)
-    return {
-        weight.parameter: cut_shard([named[name] for name in weight.names], weight.cut, shape, rank=0, size=1)
-        for weight in stage_weights(shape, head, stage=0, stages=1)
-    }
+    of_value = {name: tensor for name, tensor in named.items() if name != "lm_head.weight"}
+    of_value["value_head.weight"] = torch.zeros(1, shape.hidden_size)
+    policy = {f"policy/weight/{name}": tensor for name, tensor in named.items()}
+    return policy | {f"value/weight/{name}": tensor for name, tensor in of_value.items()}
 
 
-def assert_learned_alike(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> None:
+def assert_learned_alike(
+    one: dict[str, Tensor], other: dict[str, Tensor], network: str, model: str = "embedded"
+) -> None:
     """Equal weights up to rounding, and what was learned is far more than rounding."""
+    start = start_of(model)
     moved = 0.0
-    for name, expected in one.items():
-        scale = float(expected.abs().max())
-        assert float((other[name] - expected).abs().max()) <= 1e-5 * scale, name
-        moved = max(moved, float((expected - start[name]).abs().max()) / scale)
+    for name in (name for name in one if name.startswith(f"{network}/weight/")):
+        scale = float(one[name].abs().max())
+        assert float((other[name] - one[name]).abs().max()) <= 1e-5 * scale, name
+        moved = max(moved, float((one[name] - start[name]).abs().max()) / scale)
     assert moved > 1e-3
 
 
 @pytest.mark.multiprocess
-def test_two_tensor_parallel_processes_under_torchrun_learn_what_one_process_learns(
+def test_a_run_goes_on_in_another_layout_and_learns_what_one_process_learns(
     tmp_path: Path, random_model: Path
 ) -> None:
-    model, one_step = f"model.path={random_model}", "run.steps=1"
+    """Two tensor parallel processes under torchrun, then one alone."""
+    settings = (f"model.path={random_model}", "checkpoint.every_steps=1", "checkpoint.keep=9")
     with nothing_left_behind():
         command = Command(
             [
                 *("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlef"),
-                *("train", str(run_file(tmp_path)), model, one_step, "run.name=two", "parallel.tensor=2"),
+                *("train", str(run_file(tmp_path)), *settings, "run.steps=1", "run.name=two"),
+                *("parallel.tensor=2", "parallel.sequence_parallel=true"),
             ],
             tmp_path / "log",
         )
         assert command.wait() == 0, command.output
     assert command.output.count("1@2, true feedback") == 1
-    run = run_here(tmp_path, model, one_step)
-    shape, _ = read_pretrained(random_model)
-    shards = [saved(tmp_path / "two", 1, rank)["policy"]["weights"] for rank in (0, 1)]
-    one = saved(run, 1)["policy"]["weights"]
-    two = {
-        weight.parameter: join(weight, shards, shape)
-        for weight in stage_weights(shape, "logits", stage=0, stages=1)
-    }
-    assert_learned_alike(one, two, start_of("logits", str(random_model)))
-
-
-def join(weight: StageWeight, shards: Sequence[dict[str, Tensor]], shape: ModelShape) -> Tensor:
-    """A whole parameter as one process holds it."""
-    whole = join_shards([shard[weight.parameter] for shard in shards], weight.cut, shape)
-    return cut_shard(whole, weight.cut, shape, rank=0, size=1)
+    two = run_here(tmp_path, *settings, "run.name=two", "run.steps=2", resume="auto")
+    one = run_here(tmp_path, *settings, "run.steps=2")
+    for step in (1, 2):
+        assert_learned_alike(saved(one, step), saved(two, step), "policy", str(random_model))
+    assert len(list((two / "checkpoints" / "step-000001").glob("rank-0000[01]-*.safetensors"))) == 2
+    assert [line["step"] for line in read_lines(two / "metrics.jsonl")] == [1, 2]
+    of_two_ranks = str(two / "checkpoints" / "step-000001")
+    arguments = ["export", str(two), str(tmp_path / "exported"), "--checkpoint", of_two_ranks]
+    exported = CliRunner().invoke(main, arguments)  # by this process alone
+    assert exported.exit_code == 0, exported.output
+    expected = saved(two, 1)
+    _, weights = read_pretrained(tmp_path / "exported")
+    assert all(torch.equal(expected[f"policy/weight/{name}"], weight) for name, weight in weights.items())
 
 
 def test_sigterm_saves_and_the_run_exits_cleanly(tmp_path: Path, random_model: Path) -> None:
@@ -338,6 +336,6 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, random
     (metrics,) = read_lines(run / "metrics.jsonl")
     assert metrics["policy/skipped_updates"] == 2
     assert metrics["value/skipped_updates"] == 2
-    weights = saved(run, 1)["policy"]["weights"]
-    assert differences(weights, start_of("logits", str(random_model))) == []
+    weights = saved(run, 1)  # without moments: no step was made
+    assert differences(weights, start_of(str(random_model))) == []
     assert all(math.isfinite(value) for value in metrics.values() if value is not None)

@@ -1,5 +1,5 @@
-"""Memory that a rank takes to load and to write a model or a checkpoint: does it grow with its shard or with
-the model?
+"""Memory that a rank takes to load, write or publish a model, or a checkpoint: does it grow with its shard or
+with the model?
 
     python bench/load_memory.py
 
@@ -7,8 +7,9 @@ Models of three depths are written in bfloat16, then read by the ranks of each l
 modules, gathered, and written by the first rank. Then the model as it learns, with gradients and moments, is
 saved at once, saved by a thread, and read from the checkpoint that the layout before wrote. Every rank is a
 process of its own, and reports how far its peak of resident memory, mapped files included, rose above where
-it was before. The last line is JSON: all figures in MB (10^6 bytes), the largest of the ranks, and the
-least-squares fit
+it was before. To publish, a process that only samples stands beside those ranks: `send` and `receive` are
+what it takes besides the shard, and besides the model that is sampled with. The last line is JSON: all
+figures in MB (10^6 bytes), the largest of the ranks, and the least-squares fit
 
     peak = constant + per_shard * (bytes of the shard) + per_model * (bytes of the model)
 
@@ -42,7 +43,7 @@ from torch import Tensor
 
 from rlef import checkpoint_files
 from rlef.checkpoint import CheckpointStore
-from rlef.config import OptimizerConfig, ParallelConfig
+from rlef.config import Config, OptimizerConfig, ParallelConfig
 from rlef.families import config_of, read_shape
 from rlef.pieces import HeldState, Piece
 from rlef.ports import ParallelState
@@ -65,6 +66,7 @@ SHAPE = ModelShape(  # of one layer, 15 M weights
     tie_word_embeddings=False,
 )
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1))  # tensor x pipeline
+PUBLISHING = ((1, 1), (2, 1), (1, 2))  # the same, beside which there is room for a sampler
 MB = 10**6
 # Small beside the models, so that they do not hide what grows. A bucket has room for gate and up.
 MAX_FILE_BYTES = 50 * MB
@@ -105,6 +107,42 @@ def measure(folder: Path, tensor: int, pipeline: int) -> None:
     del network
     figures |= measure_checkpoints(folder, state, tensor, pipeline)
     (folder / f"rank-{state.rank}.json").write_text(json.dumps(figures))
+
+
+def measure_publishing(folder: Path, tensor: int, pipeline: int) -> None:
+    """One rank: a learner sends its weights, or the sampler takes them; leaves its figures as `measure`."""
+    from rlef.bridge import LearnersEnd, SamplersEnd
+    from rlef.job import join
+    from rlef.megatron_policy import MegatronNetwork, initialize
+    from rlef.torch_sampler import TorchSampler
+    from rlef.words import Words
+
+    parallel = ParallelConfig(
+        tensor=tensor, pipeline=pipeline, processes=tensor * pipeline + 1, sampling_processes=1
+    )
+    config, job = Config(parallel=parallel), join(parallel)
+    shape, stored = read_shape(folder), StoredWeights(folder)
+    with Words(job, silence_s=600) as words:
+        if job.only_samples:
+            sampler = TorchSampler(shape, end_token_id=1, slots=1)
+            sampler.push(stored.tensors(), version=0)
+            samplers_end = SamplersEnd(job, config, words, shape)
+            forget_peak()
+            start = resident("VmRSS")
+            dtype = samplers_end.next_order().details["dtype"]
+            sampler.push(samplers_end.weights(dtype, bucket_elements=BUCKET_ELEMENTS), version=1)
+            figures = {"receive": resident("VmHWM") - start}
+        else:
+            state = initialize(parallel)
+            network = MegatronNetwork(shape, stored, head="logits")
+            shard = sum(piece.data.nbytes for piece in network.state_dict().pieces)
+            learners_end = LearnersEnd(job, config, words, state)
+            forget_peak()
+            start = resident("VmRSS")
+            buckets = network._gather_stages(bucket_elements=BUCKET_ELEMENTS)  # noqa: SLF001
+            learners_end.send_weights(buckets, version=1)
+            figures = {"shard": shard, "send": resident("VmHWM") - start}
+    (folder / f"rank-{job.rank}.json").write_text(json.dumps(figures))
 
 
 def measure_checkpoints(folder: Path, state: ParallelState, tensor: int, pipeline: int) -> dict[str, int]:
@@ -161,13 +199,17 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def ranks_of(folder: Path, tensor: int, pipeline: int, *, keep_freed: bool) -> list[dict[str, int]]:
-    ranks = tensor * pipeline
+def ranks_of(
+    folder: Path, tensor: int, pipeline: int, *, samplers: int, keep_freed: bool
+) -> list[dict[str, int]]:
+    ranks = tensor * pipeline + samplers
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += [__file__, "--measure", str(folder), "--tensor", str(tensor), "--pipeline", str(pipeline)]
+    command += ["--publish"] * samplers
     exact = {} if keep_freed else {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | exact)
-    compare(folder, folder / "written")
+    if not samplers:
+        compare(folder, folder / "written")
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -202,23 +244,31 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # this process is a rank
     parser.add_argument("--tensor", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--pipeline", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--publish", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.measure, arguments.tensor, arguments.pipeline)
+        what = measure_publishing if arguments.publish else measure
+        what(arguments.measure, arguments.tensor, arguments.pipeline)
         return
 
     rows: list[dict[str, float]] = []
+    published: list[dict[str, float]] = []
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory() as name:
             folder, shape = Path(name), replace(SHAPE, num_hidden_layers=layers)
             write_model(folder, shape, arguments.seed)
             stored = StoredWeights(folder)
             model = 4 * sum(weight.shape.numel() for weight in stored.values())
-            for tensor, pipeline in LAYOUTS:
-                ranks = ranks_of(folder, tensor, pipeline, keep_freed=arguments.keep_freed)
-                largest = {what: max(rank[what] for rank in ranks) / MB for what in ranks[0]}
-                rows.append({"tensor": tensor, "pipeline": pipeline, "model": model / MB, **largest})
-                print({key: round(number) for key, number in rows[-1].items()}, flush=True)
+            for samplers, layouts, found in ((0, LAYOUTS, rows), (1, PUBLISHING, published)):
+                for tensor, pipeline in layouts:
+                    ranks = ranks_of(
+                        folder, tensor, pipeline, samplers=samplers, keep_freed=arguments.keep_freed
+                    )
+                    largest = {
+                        what: max(rank.get(what, 0) for rank in ranks) / MB for what in ranks[0] | ranks[-1]
+                    }
+                    found.append({"tensor": tensor, "pipeline": pipeline, "model": model / MB, **largest})
+                    print({key: round(number) for key, number in found[-1].items()}, flush=True)
     result = {
         "bench": "load_memory",
         "commit": subprocess.run(
@@ -229,6 +279,9 @@ def main() -> None:
         "seed": arguments.seed,
         "keep_freed": arguments.keep_freed,
         "rows": [{key: round(number) for key, number in row.items()} for row in rows],
+        "published": [{key: round(number) for key, number in row.items()} for row in published],
+        "send": fit(published, "send"),
+        "receive": fit(published, "receive"),
         "load": fit(rows, "load"),
         "export": fit(rows, "export"),
         "save": fit(rows, "save"),

@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 
 import click
 
-from rlef.config import Config, ConfigError, check_context, describe_arithmetic, load_config
+from rlef.config import (
+    Config,
+    ConfigError,
+    check_context,
+    describe_arithmetic,
+    load_config,
+    of_learners,
+)
 from rlef.files import write_text
 from rlef.launch import TOLD, die_with_parent, launched_by_torchrun, require_restartable, run_processes
 from rlef_sandbox import Executor, SandboxFault
@@ -212,7 +219,7 @@ def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, 
     from rlef.run_folder import RunFolder, read_run_config
     from rlef.standalone import export_policy
 
-    config = read_run_config(run_folder)
+    config = of_learners(read_run_config(run_folder))
     _require_empty(output)
     folder = RunFolder(path=run_folder, checkpoint=checkpoint)
     max_file_bytes = int(max_file_mb * 1000**2)
@@ -522,7 +529,7 @@ def check_inputs(config: Config) -> None:
     folder = model_folder(config.model.path)
     shape = read_shape(folder)
     check_weights(StoredWeights(folder), shape)
-    check_layout(shape, config.parallel, config.parallel.processes)
+    check_layout(shape, config.parallel, config.parallel.learners)
     check_context(config, shape.max_position_embeddings)
     check_sampler(config, shape)
     Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
@@ -562,7 +569,7 @@ def _with_status(action: Callable[[], int]) -> int:
     except (ConfigError, CheckpointError) as error:
         return _refuse(error)
     except RunFault as fault:
-        if not fault.is_shared or os.environ.get("RANK", "0") == "0":
+        if not (fault.is_told or (fault.is_shared and os.environ.get("RANK", "0") != "0")):
             click.echo(f"rlef: error: {described(fault)}", err=True)
         return TOLD if fault.is_own else 1
 

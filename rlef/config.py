@@ -68,11 +68,23 @@ class ParallelConfig(Section):
     virtual_pipeline: PositiveInt = 1  # chunks of layers per pipeline rank; above 1: megatron's interleaving
     context: PositiveInt = 1  # ranks that share the tokens of each pack
     offload_reference: bool = False  # its weights in host memory, and on the device only while it scores
+    sampling_processes: NonNegativeInt = 0  # the last so many only sample, the others learn; 0: all do both
+    silence_s: PositiveInt = 60  # without a sign of life, where some processes sample and others learn
 
     @property
     def replica(self) -> int:
         """Processes of one data-parallel replica."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def learners(self) -> int:
+        """How many processes learn; they come first."""
+        return self.processes - self.sampling_processes
+
+    @property
+    def samplers(self) -> int:
+        """How many processes sample."""
+        return self.sampling_processes or self.processes
 
 
 class ProblemsConfig(Section):
@@ -252,28 +264,41 @@ def check_arithmetic(config: Config) -> None:
             f"rollout.episodes_per_step = {episodes} is not a multiple of ppo.updates_per_step = {updates}; "
             f"use {max(1, episodes // updates) * updates}"
         )
-    model_parallel = config.parallel.replica
-    if config.parallel.processes % model_parallel:
+    parallel = config.parallel
+    if parallel.sampling_processes >= parallel.processes:
         raise ConfigError(
-            f"parallel.processes = {config.parallel.processes} is not a multiple of parallel.tensor x "
-            f"parallel.pipeline x parallel.context = {model_parallel}; use {model_parallel}"
+            f"parallel.sampling_processes = {parallel.sampling_processes} of parallel.processes = "
+            f"{parallel.processes} leave none to learn; use at most {parallel.processes - 1}"
+        )
+    if parallel.learners % parallel.replica:
+        less = f" - parallel.sampling_processes = {parallel.learners}" if parallel.sampling_processes else ""
+        raise ConfigError(
+            f"parallel.processes = {parallel.processes}{less} is not a multiple of parallel.tensor x "
+            f"parallel.pipeline x parallel.context = {parallel.replica}; "
+            f"use {parallel.replica + parallel.sampling_processes}"
         )
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         raise ConfigError(
             "parallel.sequence_parallel = true splits the tokens over tensor parallel ranks, and "
             "parallel.tensor = 1; raise parallel.tensor or set parallel.sequence_parallel=false"
         )
-    if config.parallel.virtual_pipeline > 1 and config.parallel.pipeline == 1:
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ConfigError(
-            f"parallel.virtual_pipeline = {config.parallel.virtual_pipeline} interleaves the stages of a "
+            f"parallel.virtual_pipeline = {parallel.virtual_pipeline} interleaves the stages of a "
             "pipeline, and parallel.pipeline = 1; raise it or set parallel.virtual_pipeline=1"
         )
-    data_parallel = config.parallel.processes // model_parallel
+    data_parallel = parallel.learners // parallel.replica
     if episodes // updates < data_parallel:
         raise ConfigError(
             f"rollout.episodes_per_step / ppo.updates_per_step = {episodes // updates} sequences an update "
             f"cannot be shared by {data_parallel} data-parallel ranks; raise rollout.episodes_per_step"
         )
+
+
+def of_learners(config: Config) -> Config:
+    """The settings without the processes that only sample, for what takes the learners alone."""
+    sizes = {"processes": config.parallel.learners, "sampling_processes": 0}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
@@ -311,13 +336,16 @@ def check_context(config: Config, max_position_embeddings: int) -> None:
 
 def describe_arithmetic(config: Config) -> dict[str, int]:
     """What the batch settings amount to, for `--dry-run`."""
-    data_parallel = config.parallel.processes // config.parallel.replica
+    parallel = config.parallel
+    data_parallel = parallel.learners // parallel.replica
     episodes = config.rollout.episodes_per_step
     return {
-        "processes": config.parallel.processes,
+        "processes": parallel.processes,
+        "processes that learn": parallel.learners,
+        "processes that sample": parallel.samplers,
         "data-parallel replicas": data_parallel,
         "episodes a step": episodes,
-        "episodes sampled by each process (at most)": -(-episodes // config.parallel.processes),
+        "episodes sampled by each process (at most)": -(-episodes // parallel.samplers),
         "sequences an update": episodes // config.ppo.updates_per_step,
         "sequences an update and replica (at most)": -(
             -(episodes // config.ppo.updates_per_step) // data_parallel

@@ -120,7 +120,9 @@ def processor(config: Config) -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     wanted = config.parallel.processes * config.parallel.threads_per_process
     if torch.cuda.is_available() or wanted <= cores:
-        yield Finding.good("cores", f"{cores} for {config.parallel.processes} processes")
+        alone = config.parallel.sampling_processes
+        only = f", of which {alone} only sample" if alone else ""
+        yield Finding.good("cores", f"{cores} for {config.parallel.processes} processes{only}")
         return
     yield Finding(
         level=Level.WARNING,

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +19,18 @@ from threading import Thread
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from rlef.config import Config
+from rlef.job import joined, within
+from rlef_sandbox import SandboxFault
 
 SLOW_RATIO, SLOW_S = 2.0, 1.0  # a process is slow if its phase takes more than both
 
 _ASK_S = 5.0  # for the word of the others, when one of them may be gone
 _SHORTEST_S = 1e-3  # below this a ratio of seconds says nothing
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # met in writing only
-_CONTINUES = "the same command continues from the last checkpoint"
+CONTINUES = "the same command continues from the last checkpoint"
 
 # What to lower when memory runs out: the phase's own settings first. A phase's name is its first word.
 _TO_LOWER = {
@@ -42,13 +45,16 @@ class RunFault(RuntimeError):  # noqa: N818 - as SandboxFault: no fault of the p
     """What ended the run: one line that says what it met, where, and what to do.
 
     `is_shared`: every process raises the same, so that one of them tells it for all. `is_own`: this process
-    met it, where else it lost another one that did.
+    met it, where else it lost another one that did. `is_told`: another process met it, and says so itself.
     """
 
-    def __init__(self, message: str, *, is_shared: bool = False, is_own: bool = True) -> None:
+    def __init__(
+        self, message: str, *, is_shared: bool = False, is_own: bool = True, is_told: bool = False
+    ) -> None:
         super().__init__(message)
         self.is_shared = is_shared
         self.is_own = is_own
+        self.is_told = is_told
 
 
 class SkippedTooOftenError(RuntimeError):
@@ -96,8 +102,10 @@ def not_finite(error: SkippedTooOftenError, *, step: int, checkpoint: Path | Non
 class Watch:
     """This process's eye on its run."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tell: Callable[[str], None] | None = None) -> None:
+        """`tell` is told the name of each phase."""
         self._config = config
+        self._tell = tell
         self._entered = 0
 
     @contextmanager
@@ -105,7 +113,7 @@ class Watch:
         """Every process of the run enters the same phases in the same order.
 
         Raises:
-            RunFault: memory, a disk or another process ended what is inside.
+            RunFault: memory, a disk, the sandbox or another process ended what is inside.
         """
         try:
             self._leave_word(name)
@@ -121,22 +129,27 @@ class Watch:
     def _explained(self, error: Exception, phase: str) -> RunFault | None:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         if is_out_of_memory(error):
-            return RunFault(f"out of memory while {phase}{notes}: {self._less_memory(phase)}; {_CONTINUES}")
+            return RunFault(f"out of memory while {phase}{notes}: {self._less_memory(phase)}; {CONTINUES}")
         if isinstance(error, OSError) and error.filename is not None and error.errno in _DISK:
             return RunFault(
                 f"{error.filename} cannot be written ({error.strerror}) while {phase}: free space on its "
-                f"disk, or raise its quota; what was there before is whole, and {_CONTINUES}"
+                f"disk, or raise its quota; what was there before is whole, and {CONTINUES}"
+            )
+        if isinstance(error, SandboxFault):
+            return RunFault(
+                f"the sandbox failed while {phase}{notes}: {error}; see what rlef doctor finds on this "
+                f"machine; {CONTINUES}"
             )
         if timed_out(error):
             limit = self._config.parallel.timeout_s
             return RunFault(
                 f"waited in vain while {phase}{notes} (parallel.timeout_s = {limit} s), for "
                 f"{self._waited_for(phase)}: see what it said, raise parallel.timeout_s if it is only slow; "
-                f"{_CONTINUES}"
+                f"{CONTINUES}"
             )
         if lost_another(error):
             return RunFault(
-                f"lost another process while {phase}{notes}: see what that one said; {_CONTINUES}",
+                f"lost another process while {phase}{notes}: see what that one said; {CONTINUES}",
                 is_own=False,
             )
         return None
@@ -150,6 +163,8 @@ class Watch:
 
     def _leave_word(self, phase: str) -> None:
         self._entered += 1
+        if self._tell is not None:
+            self._tell(phase)
         if _is_one_of_several():
             _store().set(str(dist.get_rank()), f"{self._entered}|{socket.gethostname()}|{phase}")
 
@@ -267,13 +282,13 @@ def _setting(config: Config, name: str) -> object:
 
 
 def _is_one_of_several() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return joined() is not None and dist.get_world_size() > 1
 
 
-def _store() -> torch.distributed.Store:  # type: ignore[name-defined]  # its stubs leave it out
-    """What torch.distributed met through; it has no public name for it, and another would want a port."""
-    met_through = dist.distributed_c10d._get_default_store()  # noqa: SLF001
-    return dist.PrefixStore("rlef/phase", met_through)  # type: ignore[attr-defined]
+def _store() -> Store:
+    job = joined()
+    assert job is not None
+    return within(job.store, "phase")
 
 
 def _ask(words: dict[int, str]) -> None:

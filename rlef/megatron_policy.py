@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from rlef import megatron_cpu
+from rlef import job, megatron_cpu
 from rlef.attention import packed_attention
 from rlef.config import OptimizerConfig, ParallelConfig
 from rlef.context import ContextShare, context_share, gathered_places
@@ -35,7 +34,7 @@ from rlef.pretrained import Weights
 from rlef.records import Batch, ModelShape
 from rlef.shards import Cut, Head, StageWeight, check_layout, parameter_blocks, stage_weights
 from rlef.torch_model import rotary_tables, rotate
-from rlef.weights import gather_huggingface, load_huggingface, stages_of
+from rlef.weights import gather_huggingface, gather_stages, load_huggingface, stages_of
 
 with warnings.catch_warnings():
     # Nothing of Apex or Transformer Engine is used, so that the model is the same with and without them.
@@ -69,24 +68,12 @@ _PLAIN = ParallelConfig()
 
 
 def initialize(parallel: ParallelConfig) -> ParallelState:
-    """Join the job that torchrun started, or be a job of one process, and divide it as `parallel` says.
+    """Join the job, and divide its learners as `parallel` says.
 
     May be called again with the same sizes.
     """
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    else:
-        torch.set_num_threads(parallel.threads_per_process)
     if not torch.distributed.is_initialized():
-        # Megatron asks for it: the all-reduce of an input's gradient is to start before the next kernel.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        backend, timeout = "nccl" if cuda else "gloo", timedelta(seconds=parallel.timeout_s)
-        if "RANK" in os.environ:
-            torch.distributed.init_process_group(backend, timeout=timeout)
-        else:
-            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-            torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+        job.join(parallel)
     if not mpu.model_parallel_is_initialized():
         mpu.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -103,7 +90,7 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
     initialize_rng_tracker(inference_rng_tracker=True)
     megatron_cpu.install()
     _silence_known_warnings()
-    replicas = mpu.get_data_parallel_world_size()
+    replicas, cuda = mpu.get_data_parallel_world_size(), torch.cuda.is_available()
     return ParallelState(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -111,6 +98,9 @@ def initialize(parallel: ParallelConfig) -> ParallelState:
         data_parallel_size=replicas,
         data_parallel_group=mpu.get_data_parallel_group() if replicas > 1 else None,
         tensor_parallel_group=mpu.get_tensor_model_parallel_group() if parallel.tensor > 1 else None,
+        tensor_parallel_rank=mpu.get_tensor_model_parallel_rank(),
+        pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+        copy_rank=mpu.get_data_parallel_rank(with_context_parallel=True),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
 
@@ -128,8 +118,7 @@ def leave() -> None:
     """Undo `initialize`, so that this process may be part of another job."""
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    job.leave()
 
 
 def build_networks(
@@ -141,7 +130,8 @@ def build_networks(
         ConfigError: the model or the processes do not divide as `parallel` says, or `weights` are not those
             of a model of this shape.
     """
-    check_layout(shape, parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    check_layout(shape, parallel, processes - parallel.sampling_processes)
     state = initialize(parallel)
     policy = MegatronNetwork(
         shape, weights, head="logits", parallel=parallel, optimizer=optimizer, lr=optimizer.lr
@@ -191,6 +181,7 @@ class MegatronNetwork:
         }
         load_huggingface(chunks, weights, shape, head, **groups)
         self._gather = partial(gather_huggingface, chunks, shape, head, **groups)
+        self._gather_stages = partial(gather_stages, chunks, shape, head, **groups)
         self._training: _Training | None = None
         if optimizer is not None:
             self._training = _Training(config, chunks, optimizer, lr, sharded=parallel.distributed_optimizer)
@@ -247,6 +238,12 @@ class MegatronNetwork:
         """Copies of the whole weights under Hugging Face names, on every rank. Collective: read all of it."""
         with self._on_device():
             yield from self._gather()
+
+    def stage_weights(self) -> Iterable[Tensor]:
+        """The whole weights of this rank's stages, in `weights.stage_buckets`, flat. Collective over its
+        tensor parallel ranks."""
+        buckets: Iterator[Tensor] = self._gather_stages()
+        return buckets
 
     def state_dict(self) -> HeldState:
         """This rank's pieces of weights and optimiser, and the schedule: to continue in any layout, and in

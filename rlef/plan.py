@@ -47,7 +47,7 @@ TRAINER = Abilities(
     sequence_parallel=True,
     recompute=True,
     interleaved=True,
-    disaggregated=False,
+    disaggregated=True,
     paged_sampler=False,
     split_sampler=False,
 )
@@ -285,9 +285,13 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
         f"parallel.recompute={'full' if layout.recompute else 'none'}",
         f"parallel.distributed_optimizer={str(layout.distributed_optimizer).lower()}",
         f"parallel.dtype={dtype}",
+        f"parallel.sampling_processes={0 if layout.colocated else layout.sampling_gpus}",
     ]
+    if not layout.colocated and not any(each.startswith("rollout.max_staleness=") for each in arguments):
+        overrides.append("rollout.max_staleness=1")  # its time is that of both at once
     if not layout.whole_cache:
-        share = (memory.sampler_weights + memory.kv_cache) / cluster.gpu.memory_bytes
+        sampler = memory.sampler_weights + memory.kv_cache if layout.colocated else candidate.sampler_memory
+        share = sampler / cluster.gpu.memory_bytes
         overrides += [f"vllm.memory_fraction={math.ceil(100 * share) / 100}", f"vllm.dtype={dtype}"]
     return " ".join([*words, "-m", "rlef", "train", *(shlex.quote(word) for word in overrides)])
 

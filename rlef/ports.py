@@ -141,6 +141,9 @@ class ParallelState:
     data_parallel_size: int
     data_parallel_group: ProcessGroup | None  # None when there is one process
     tensor_parallel_group: ProcessGroup | None  # None when the vocabulary is not split
+    tensor_parallel_rank: int
+    pipeline_rank: int  # it holds this stage, or of an interleaved pipeline the first of several
+    copy_rank: int  # of the ranks that hold the same weights: those of data and of context parallelism
     device: torch.device  # where the networks live, and so every tensor of a collective
 
 
@@ -160,6 +163,11 @@ class Network(Protocol):
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         """The whole weights under Hugging Face names, on every rank (collective)."""
+        ...
+
+    def stage_weights(self) -> Iterable[Tensor]:
+        """The whole weights of this rank's stages, in `weights.stage_buckets`, flat (collective over its
+        tensor parallel ranks)."""
         ...
 
     def state_dict(self) -> HeldState:

@@ -166,9 +166,14 @@ def share_out(own: Collection) -> Collection:
         return own
     shares: list[Any] = [None] * world_size
     dist.all_gather_object(shares, own)
+    return interleaved(shares)
+
+
+def interleaved(shares: Sequence[Collection]) -> Collection:
+    """The whole of what n processes bring, of which each has the episodes of every n-th problem."""
     episodes: list[Any] = [None] * sum(len(share.episodes) for share in shares)
     for index, share in enumerate(shares):
-        episodes[index::world_size] = share.episodes
+        episodes[index :: len(shares)] = share.episodes
     return Collection(
         episodes=episodes,
         tests_run=sum(share.tests_run for share in shares),

@@ -33,6 +33,8 @@ _FREE_TO_CHANGE = {
     "parallel.virtual_pipeline",
     "parallel.context",
     "parallel.offload_reference",
+    "parallel.sampling_processes",
+    "parallel.silence_s",
     "parallel.sequence_parallel",
     "parallel.recompute",
     "parallel.distributed_optimizer",

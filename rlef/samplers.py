@@ -67,7 +67,7 @@ def build_sampler(
             end_token_id=end_token_id,
             context=longest_dialog(config),
             slots=config.rollout.slots,
-            dialogs=-(-config.rollout.episodes_per_step // config.parallel.processes),
+            dialogs=-(-config.rollout.episodes_per_step // config.parallel.samplers),
             settings=config.vllm,
         )
     return TorchSampler(

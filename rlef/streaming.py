@@ -8,8 +8,9 @@ the order in which others finish, but for rounding: which rows decode together d
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Unpack
 
@@ -42,6 +43,11 @@ class SavedEpisode:
 
 
 SAVED_EPISODES = TypeAdapter(list[SavedEpisode])
+
+
+def merged(saved: Iterable[str]) -> str:
+    """What several processes saved, as one saved it."""
+    return json.dumps([episode for each in saved for episode in json.loads(each)])
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,9 @@ from rlef.moments import MOMENTS, set_steps, steps_made
 from rlef.pieces import HeldState, Piece, State, require_same_network
 from rlef.ports import LossFunction, UpdateStats, combine_statistics
 from rlef.records import Batch
+from rlef.shards import Head
 from rlef.torch_model import LlamaModel
+from rlef.weights import stage_buckets
 
 
 class TorchNetwork:
@@ -71,6 +73,12 @@ class TorchNetwork:
 
     def named_weights(self) -> Iterable[tuple[str, Tensor]]:
         return [(name, tensor.detach()) for name, tensor in self._model.state_dict().items()]
+
+    def stage_weights(self) -> Iterator[Tensor]:
+        named = dict(self.named_weights())
+        head: Head = "value" if self._model.head == "value" else "logits"
+        for bucket in stage_buckets(self._model.shape, head, stage=0, stages=1):
+            yield torch.cat([named[name].flatten() for weight in bucket for name in weight.names])
 
     def state_dict(self) -> HeldState:
         counted = {}

@@ -21,6 +21,7 @@ from rlef.ports import UNFINISHED, Request, Response, SamplingParams
 from rlef.records import ModelShape
 from rlef.torch_model import rotary_tables, rotate
 
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 _CACHE_GRANULE = 32  # attended lengths are rounded up to it
 
 
@@ -125,36 +126,75 @@ class TorchSampler:
         self._values = [torch.zeros(cache_shape, device=self._device) for _ in range(shape.num_hidden_layers)]
         cosine, sine = rotary_tables(shape, self._context)
         self._cosine, self._sine = cosine.to(self._device), sine.to(self._device)
+        self._places: dict[str, Tensor] = {}  # by Hugging Face name, where each weight is kept
+        hidden = (shape.hidden_size,)
+        self._embedding = self._room({_EMBEDDING: (shape.vocab_size, *hidden)})  # [vocab, hidden]
+        self._layers = [self._room_for_layer(index) for index in range(shape.num_hidden_layers)]
+        self._final_norm = self._room({"model.norm.weight": hidden})
+        self._output = self._embedding  # [vocab, hidden]
+        if not shape.tie_word_embeddings:
+            self._output = self._room({_OUTPUT: (shape.vocab_size, *hidden)})
+
+    def _room(self, parts: dict[str, tuple[int, ...]]) -> Tensor:
+        """For weights of these names and shapes, one below the other."""
+        rows = [size[0] for size in parts.values()]
+        (rest,) = {size[1:] for size in parts.values()}
+        whole = torch.empty((sum(rows), *rest), device=self._device)
+        self._places |= dict(zip(parts, torch.split(whole, rows), strict=True))
+        return whole
+
+    def _room_for_layer(self, index: int) -> _LayerWeights:
+        shape = self._shape
+        hidden, head_dim, inner = shape.hidden_size, shape.head_dim, shape.intermediate_size
+        queries, groups = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
+
+        def room(parts: dict[str, tuple[int, ...]]) -> Tensor:
+            return self._room({f"model.layers.{index}.{name}": size for name, size in parts.items()})
+
+        rows = {"q": queries, "k": groups, "v": groups}
+        return _LayerWeights(
+            input_norm=room({"input_layernorm.weight": (hidden,)}),
+            query_key_value=room(
+                {f"self_attn.{name}_proj.weight": (size, hidden) for name, size in rows.items()}
+            ),
+            query_key_value_bias=(
+                room({f"self_attn.{name}_proj.bias": (size,) for name, size in rows.items()})
+                if shape.query_key_value_bias
+                else None
+            ),
+            query_norm=room({"self_attn.q_norm.weight": (head_dim,)}) if shape.query_key_norm else None,
+            key_norm=room({"self_attn.k_norm.weight": (head_dim,)}) if shape.query_key_norm else None,
+            attention_output=room({"self_attn.o_proj.weight": (hidden, queries)}),
+            feed_forward_norm=room({"post_attention_layernorm.weight": (hidden,)}),
+            gate_up=room({f"mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}),
+            down=room({"mlp.down_proj.weight": (hidden, inner)}),
+        )
 
     def push(self, named_weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        shape = self._shape
-        weights = {name: tensor.detach().to(self._device, torch.float32) for name, tensor in named_weights}
+        """As in `ports.Sampler`. Each tensor is copied over the one before it, so that no more than the model
+        and what arrives is held.
 
-        def layer(index: int) -> _LayerWeights:
-            def copied(*names: str) -> Tensor:
-                """These weights of the layer, one below the other."""
-                return torch.cat([weights[f"model.layers.{index}.{name}"] for name in names])
-
-            biased, normed = shape.query_key_value_bias, shape.query_key_norm
-            return _LayerWeights(
-                input_norm=copied("input_layernorm.weight"),
-                query_key_value=copied(*(f"self_attn.{name}_proj.weight" for name in "qkv")),
-                query_key_value_bias=(
-                    copied(*(f"self_attn.{name}_proj.bias" for name in "qkv")) if biased else None
-                ),
-                query_norm=copied("self_attn.q_norm.weight") if normed else None,
-                key_norm=copied("self_attn.k_norm.weight") if normed else None,
-                attention_output=copied("self_attn.o_proj.weight"),
-                feed_forward_norm=copied("post_attention_layernorm.weight"),
-                gate_up=copied("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-                down=copied("mlp.down_proj.weight"),
-            )
-
-        self._layers = [layer(index) for index in range(shape.num_hidden_layers)]
-        self._embedding = weights["model.embed_tokens.weight"].clone()  # [vocab, hidden]
-        self._final_norm = weights["model.norm.weight"].clone()
-        tied = shape.tie_word_embeddings
-        self._output = self._embedding if tied else weights["lm_head.weight"].clone()  # [vocab, hidden]
+        Raises:
+            ValueError: not the weights of a model of this shape. The sampler has none then.
+        """
+        self._version = -1
+        missing, fault = dict(self._places), ""
+        for name, tensor in named_weights:  # to the end, whatever is wrong: other ranks take part in it
+            if (
+                name == _OUTPUT and self._shape.tie_word_embeddings
+            ):  # some checkpoints hold the embedding twice
+                continue
+            place = missing.pop(name, None)
+            if place is not None and place.shape == tensor.shape:
+                place.copy_(tensor.detach())
+            elif place is None:
+                fault = fault or f"{name} is not a weight of this model, or came twice"
+            else:
+                fault = fault or f"{name} is {tuple(tensor.shape)}, not {tuple(place.shape)}"
+        if missing and not fault:
+            fault = f"{min(missing)} is missing"
+        if fault:
+            raise ValueError(f"pushed weights: {fault}; push those of the model that the sampler has")
         self._version = version
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:

@@ -4,21 +4,16 @@ report."""
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import FrameType
-from typing import Any, Self
-
-import torch
-import torch.distributed as dist
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from rlef import problems as sources
-from rlef.asynchronous import AsynchronousRollouts
+from rlef.bridge import LearnersEnd
 from rlef.checkpoint import CheckpointStore
-from rlef.config import Config, ConfigError, FeedbackKind, check_context
+from rlef.config import Config, ConfigError, check_context
 from rlef.evaluate import (
     dialog_examples,
     episode_metrics,
@@ -27,40 +22,38 @@ from rlef.evaluate import (
     summarise,
     write_summary,
 )
-from rlef.execution import open_executor
 from rlef.families import read_shape
-from rlef.faults import Pace, SkippedTooOftenError, Watch, doing, not_finite
+from rlef.faults import Pace, SkippedTooOftenError, Watch, not_finite
+from rlef.job import Job, join, within
 from rlef.launch import torchrun_agent
 from rlef.learner import Learner
-from rlef.megatron_policy import build_networks, initialize, leave
-from rlef.ports import Networks, SamplingParams
+from rlef.megatron_policy import build_networks, leave
+from rlef.ports import Networks
 from rlef.pretrained import StoredWeights, model_folder
-from rlef.problems import Cursor
 from rlef.prompts import Dialog
-from rlef.records import Episode, Problem, StepStats
+from rlef.records import Episode, StepStats
 from rlef.report import DIALOGS_FILE, SUMMARY_FILE, save_dialogs, write_report
-from rlef.rollout import Collection, CollectSettings, share_out
-from rlef.rollout import collect as collect_in_lockstep
+from rlef.rollout import Collection
 from rlef.run_folder import RunFolder, only_one_run, open_run_folder
-from rlef.samplers import build_sampler
-from rlef.streaming import collect_overlapped
+from rlef.sampling import Colocated, Disaggregated, OwnRollouts, Rollouts, sample
+from rlef.stopping import StopRequest
 from rlef.telemetry import BETWEEN_STEPS, Telemetry
+from rlef.words import Words
 
 _EVALUATION, _CHECKPOINT = BETWEEN_STEPS
-_SAME_SIGNAL_S = 3.0  # within which one request to stop may arrive several times
 
 
 def train(config: Config, folder: RunFolder) -> int:
     """Train as `config` says; every process of the job calls this. Returns the exit status."""
+    job = join(config.parallel)
+    if job.only_samples:
+        return sample(config, job)
     with ExitStack() as stack:
-        watch = Watch(config)
-        stack.enter_context(watch.phase("starting or stopping"))
-        stopping = stack.enter_context(_StopRequest())
-        run = Run(config, folder, stack, watch)
+        run = Run(config, folder, stack, job)
         step = run.resume()
-        if step == 0 and not stopping.agreed():
+        if step == 0 and not run.is_to_stop():
             run.evaluate("start")
-        while step < config.run.steps and not stopping.agreed():
+        while step < config.run.steps and not run.is_to_stop():
             collection = run.collect(step)
             learned = run.learn(collection.episodes, step)
             metrics = run.metrics(collection, step) | learned | run.pace()
@@ -77,42 +70,62 @@ def train(config: Config, folder: RunFolder) -> int:
             run.telemetry.note(
                 f"stopped and saved after step {step} of {config.run.steps}; --resume auto continues"
             )
-            return 0
-        run.finish_saving()  # before a summary says that the run is over
-        run.evaluate("final")
+        else:
+            run.finish_saving()  # before a summary says that the run is over
+            run.evaluate("final")
+        run.rollouts.end()
     return 0
 
 
 def train_under_torchrun(config: Config, resume: str) -> int:
     """`train`, started by torchrun, perhaps again: rank 0 opens the run's folder, and the others follow."""
-    with Watch(config).phase("starting or stopping"):
-        initialize(config.parallel)
-        agents: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(agents, torchrun_agent())
     with ExitStack() as stack:
-        opened: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                stack.enter_context(only_one_run(config))
-                opened[0] = open_run_folder(config, resume=resume, launchers=set(agents))
-            except ConfigError as error:
-                opened[0] = error
-        dist.broadcast_object_list(opened, src=0)
-        if isinstance(opened[0], ConfigError):
-            raise opened[0]
-        folder, note = opened[0]
-        if note and dist.get_rank() == 0:
-            print(note, flush=True)
-        return 0 if folder.is_finished else train(config, folder)
+        with Watch(config).phase("starting or stopping"):
+            job = join(config.parallel)
+            meeting = within(job.store, "run")
+            meeting.set(f"agent {job.rank}", torchrun_agent())
+            if job.rank == 0:
+                agents = {meeting.get(f"agent {rank}").decode() for rank in range(job.processes)}
+                meeting.set("folder", json.dumps(_open(config, resume, agents, stack)))
+            opened = json.loads(meeting.get("folder"))
+        if "error" in opened:
+            raise ConfigError(opened["error"])
+        checkpoint = Path(opened["checkpoint"]) if opened["checkpoint"] else None
+        return (
+            0
+            if opened["is_finished"]
+            else train(config, RunFolder(path=Path(opened["path"]), checkpoint=checkpoint))
+        )
+
+
+def _open(config: Config, resume: str, agents: set[str], stack: ExitStack) -> dict[str, Any]:
+    """The run's folder, or why there is none, for all processes to read."""
+    try:
+        stack.enter_context(only_one_run(config))
+        folder, note = open_run_folder(config, resume=resume, launchers=agents)
+    except ConfigError as error:
+        return {"error": str(error)}
+    if note:
+        print(note, flush=True)
+    return {
+        "path": str(folder.path),
+        "checkpoint": str(folder.checkpoint) if folder.checkpoint else None,
+        "is_finished": folder.is_finished,
+    }
 
 
 class Run:
     """The parts of a run, built once, and what is done with several of them at a time."""
 
-    def __init__(self, config: Config, folder: RunFolder, stack: ExitStack, watch: Watch) -> None:
+    def __init__(self, config: Config, folder: RunFolder, stack: ExitStack, job: Job) -> None:
         self._config = config
         self._folder = folder
-        self._watch = watch
+        words = None
+        if job.is_disaggregated:
+            words = stack.enter_context(Words(job, silence_s=config.parallel.silence_s))
+        self._watch = Watch(config, tell=words.enter if words else None)
+        stack.enter_context(self._watch.phase("starting or stopping"))
+        self._stopping = stack.enter_context(StopRequest())
         self._started = time.monotonic()
         model = model_folder(config.model.path)
         shape, weights = read_shape(model), StoredWeights(model)
@@ -122,15 +135,14 @@ class Run:
             shape, weights, parallel=config.parallel, optimizer=config.optimizer
         )
         stack.callback(leave)
-        self.sampler = build_sampler(
-            config,
-            model_folder(config.model.path),
-            shape,
-            end_token_id=self.dialog.end_token_id,
-            device=self.networks.parallel.device,
-        )
-        stack.callback(self.sampler.close)
-        self.sampler.push(weights.tensors(), version=0)
+        self.rollouts: Rollouts
+        if words is None:
+            place = self.networks.parallel
+            own = OwnRollouts(config, stack, job=job, index=place.rank, of=place.world_size)
+            self.rollouts = Colocated(own, self._watch)
+        else:
+            bridge = LearnersEnd(job, config, words, self.networks.parallel)
+            self.rollouts = Disaggregated(bridge, self._watch)
         self.learner = Learner(
             self.networks,
             ppo=config.ppo,
@@ -138,36 +150,26 @@ class Run:
             max_skipped_updates=config.run.max_skipped_updates,
         )
         self._pace = Pace(self.networks.parallel.device) if self.networks.parallel.world_size > 1 else None
-        self._own_s: dict[str, float] = {}  # of this process in the step's phases
-        self._problems = sources.load(config, "train")
-        self._origin = 0  # where in them step 0 began
+        self._origin = 0  # where in the training problems step 0 began
         self._eval_problems = sources.load(config, "eval")
-        self._executor = stack.enter_context(open_executor(config.executor))
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
         stack.callback(self._store.close)
         self._stack = stack
-        self._asynchronous: AsynchronousRollouts | None = None
-        if config.rollout.max_staleness > 0:
-            self._asynchronous = AsynchronousRollouts(
-                self._training_settings(),
-                problems_of=self._share,
-                steps=config.run.steps,
-                max_staleness=config.rollout.max_staleness,
-                device=self.networks.parallel.device,
-            )
 
     def resume(self) -> int:
         """Take up the newest checkpoint, or the one that the user named. Steps completed."""
         named = self._folder.checkpoint
         checkpoint = self._store.load(named) if named else self._store.load_latest()
         step = 0
+        under_way: Sequence[str] = ()
         if checkpoint is not None:
             step = checkpoint.step
             self.networks.policy.load_state_dict(checkpoint.states["policy"])
             self.networks.value.load_state_dict(checkpoint.states["value"])
             self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.episodes_per_step
             self._started -= checkpoint.shared["seconds"]
-            self.sampler.push(self.networks.policy.named_weights(), version=step)
+            under_way = checkpoint.rollouts
+            self.rollouts.push(self.networks.policy, step)
         self.telemetry = self._stack.enter_context(
             Telemetry(
                 self._folder.path,
@@ -177,23 +179,21 @@ class Run:
                 rank=self.networks.parallel.rank,
             )
         )
-        if self._asynchronous is not None:
-            self._asynchronous.start(step, checkpoint.rollouts if checkpoint else ())
-            self._stack.callback(self._asynchronous.close)
+        self.rollouts.start(step, self._origin, under_way)
         return step
+
+    def is_to_stop(self) -> bool:
+        """Whether the user wants the run to save and leave; all processes agree."""
+        return self._stopping.agreed(others=self.rollouts.want_to_stop())
 
     def save(self, step: int) -> None:
         """Sampling draws from (seed, episode, position) alone, so there is no random state to keep."""
-        with (
-            self._watch.phase(f"saving step {step}"),
-            self.telemetry.timer.phase(_CHECKPOINT),
-            self._sampler_to_itself(),
-        ):
+        with self._watch.phase(f"saving step {step}"), self.telemetry.timer.phase(_CHECKPOINT):
             states = {
                 "policy": self.networks.policy.state_dict(),
                 "value": self.networks.value.state_dict(),
             }
-            rollouts = "" if self._asynchronous is None else self._asynchronous.save()
+            rollouts = self.rollouts.save()
             shared = {"cursor": self._position(step), "seconds": self._seconds()}
             self._store.save(step, states, shared, rollouts)
 
@@ -205,26 +205,12 @@ class Run:
     def collect(self, step: int) -> Collection:
         """The episodes of a step, on all processes."""
         with self.telemetry.timer.phase("waiting"):
-            with self._watch.phase(f"sampling step {step + 1}"):
-                own = self._collect_own(step)
-            self._own_s = {"sampling": own.sampling_s, "executing": own.executing_s}
-            with self._watch.phase(f"sharing the episodes of step {step + 1}"):
-                return share_out(own)
-
-    def _collect_own(self, step: int) -> Collection:
-        rollout = self._config.rollout
-        problems, numbers = self._share(step)
-        with doing(f"episodes: {len(numbers)}, rollout.slots: {rollout.slots}"):
-            if self._asynchronous is not None:
-                return self._asynchronous.take(step)
-            collect = collect_overlapped if rollout.overlap else collect_in_lockstep
-            return collect(problems, numbers=numbers, **self._training_settings())
+            return self.rollouts.collect(step)
 
     def push(self, step: int) -> None:
         """Give the samplers the weights after `step` steps, as that version."""
         with self._watch.phase(f"publishing the weights of step {step}"):
-            weights = self.networks.policy.named_weights()
-            (self._asynchronous or self.sampler).push(weights, version=step)
+            self.rollouts.push(self.networks.policy, step)
 
     def learn(self, episodes: Sequence[Episode], step: int) -> dict[str, float]:
         train_policy = step >= self._config.ppo.value_warmup_steps
@@ -238,7 +224,7 @@ class Run:
         """The process that others wait for most in this step, which is named if it is slow."""
         if self._pace is None:
             return {}
-        found = self._pace.compare(self._own_s | {"scoring": self.learner.scoring_s})
+        found = self._pace.compare(self.rollouts.own_s | {"scoring": self.learner.scoring_s})
         if found.is_slow:
             self.telemetry.note(self._pace.describe(found))
         return {"slowest_rank": float(found.rank), "slowest_rank_ratio": found.ratio}
@@ -270,16 +256,8 @@ class Run:
     def evaluate(self, phase: str) -> None:
         """Evaluate on the held-out problems; rank 0 writes `summary.json` and, at the end, the report."""
         config, path = self._config, self._folder.path
-        with (
-            self._watch.phase(f"evaluating ({phase})"),
-            self.telemetry.timer.phase(_EVALUATION),
-            self._sampler_to_itself(),
-        ):
-            evaluation = evaluate(
-                self._eval_problems,
-                rollouts=self._evaluation_episodes,
-                config=config,
-            )
+        with self._watch.phase(f"evaluating ({phase})"), self.telemetry.timer.phase(_EVALUATION):
+            evaluation = evaluate(self._eval_problems, rollouts=self.rollouts.evaluate, config=config)
         if self.networks.parallel.rank != 0:
             return
         figures = summarise(evaluation)
@@ -304,91 +282,11 @@ class Run:
         if phase == "final":
             write_report(path)
 
-    def _evaluation_episodes(
-        self,
-        problems: Sequence[Problem],
-        *,
-        numbers: Sequence[int],
-        params: SamplingParams,
-        turns: int,
-        feedback: FeedbackKind,
-    ) -> list[Episode]:
-        """This process samples every world_size-th of them, and all get all."""
-        rank, world_size = self.networks.parallel.rank, self.networks.parallel.world_size
-        overlap = self._config.rollout.overlap and feedback != "random"
-        own = (collect_overlapped if overlap else collect_in_lockstep)(
-            problems[rank::world_size],
-            numbers=numbers[rank::world_size],
-            **self._settings(params, turns, feedback),
-        )
-        return share_out(own).episodes
-
-    def _share(self, step: int) -> tuple[Sequence[Problem], Sequence[int]]:
-        """This process's problems of a training step, and the numbers of their episodes."""
-        count = self._config.rollout.episodes_per_step
-        cursor = Cursor(self._problems, seed=self._config.run.seed, position=self._position(step))
-        rank, world_size = self.networks.parallel.rank, self.networks.parallel.world_size
-        return cursor.take(count)[rank::world_size], range(step * count, (step + 1) * count)[rank::world_size]
-
     def _position(self, step: int) -> int:
         return self._origin + step * self._config.rollout.episodes_per_step
 
-    def _training_settings(self) -> CollectSettings:
-        rollout = self._config.rollout
-        params = SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_tokens=rollout.max_response_tokens,
-            seed=self._config.run.seed,
-        )
-        return self._settings(params, rollout.turns, rollout.feedback)
-
-    def _settings(self, params: SamplingParams, turns: int, feedback: FeedbackKind) -> CollectSettings:
-        return CollectSettings(
-            sampler=self.sampler,
-            executor=self._executor,
-            dialog=self.dialog,
-            settings=self._config.rollout,
-            params=params,
-            turns=turns,
-            feedback=feedback,
-        )
-
-    def _sampler_to_itself(self) -> AbstractContextManager[None]:
-        """While the trainer uses the sampler, or saves what is in it, training episodes wait."""
-        return nullcontext() if self._asynchronous is None else self._asynchronous.paused()
-
     def _seconds(self) -> float:
         return time.monotonic() - self._started
-
-
-class _StopRequest:
-    """SIGINT and SIGTERM ask the run to save and leave after the step under way; all processes must agree."""
-
-    def __enter__(self) -> Self:
-        self._asked: dict[int, float] = {}
-        self._previous = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> bool:
-        asked = torch.tensor(int(bool(self._asked)))
-        if torch.cuda.is_available():
-            asked = asked.cuda()
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        # By number: a terminal's Ctrl-C arrives beside the launcher's SIGTERM. And a scheduler signals this
-        # process and its launcher, which passes the same signal on.
-        if time.monotonic() - self._asked.setdefault(number, time.monotonic()) > _SAME_SIGNAL_S:
-            signal.signal(number, signal.SIG_DFL)  # a second time: the user will not wait
-            os.kill(os.getpid(), number)
 
 
 def _headline(figures: Mapping[str, Any]) -> str:

@@ -76,35 +76,65 @@ def gather_huggingface(
     holds it, and then broadcast to the other stages. What is yielded are copies.
     """
     own = stages_of(chunks, pipeline_group)
+    gathered = gather_stages(
+        chunks,
+        shape,
+        head,
+        tensor_group=tensor_group,
+        pipeline_group=pipeline_group,
+        bucket_elements=bucket_elements,
+    )
     example = next(chunks[0].parameters())
     ranks, stages = pipeline_group.size(), pipeline_group.size() * len(chunks)
     for stage in range(stages):
-        weights = [
-            weight
-            for weight in stage_weights(shape, head, stage=stage, stages=stages)
-            if not weight.duplicate
-        ]
-        for bucket in _buckets(weights, bucket_elements):
-            if stage in own:
-                flat = _gather_bucket(bucket, dict(own[stage].named_parameters()), shape, tensor_group)
-            else:
-                flat = example.new_empty(sum(weight.elements for weight in bucket))
+        for bucket in stage_buckets(shape, head, stage=stage, stages=stages, elements=bucket_elements):
+            flat = next(gathered) if stage in own else example.new_empty(bucket_size(bucket))
             if ranks > 1:
                 source = torch.distributed.get_global_rank(pipeline_group, stage % ranks)
                 torch.distributed.broadcast(flat, source, group=pipeline_group)
-            yield from _unpack(flat, bucket)
+            yield from unpack(flat, bucket)
+
+
+def gather_stages(
+    chunks: Sequence[nn.Module],
+    shape: ModelShape,
+    head: Head,
+    *,
+    tensor_group: ProcessGroup,
+    pipeline_group: ProcessGroup,
+    bucket_elements: int = BUCKET_ELEMENTS,
+) -> Iterator[Tensor]:
+    """The `stage_buckets` of this rank's stages, one after the other, flat and whole, on each of its tensor
+    parallel ranks. Collective over those."""
+    stages = pipeline_group.size() * len(chunks)
+    for stage, chunk in stages_of(chunks, pipeline_group).items():
+        parameters = dict(chunk.named_parameters())
+        for bucket in stage_buckets(shape, head, stage=stage, stages=stages, elements=bucket_elements):
+            yield _gather_bucket(bucket, parameters, shape, tensor_group)
+
+
+def stage_buckets(
+    shape: ModelShape, head: Head, *, stage: int, stages: int, elements: int = BUCKET_ELEMENTS
+) -> Iterator[list[StageWeight]]:
+    """What a stage holds and no earlier one does. Every process can tell the buckets of every stage."""
+    weights = stage_weights(shape, head, stage=stage, stages=stages)
+    return _buckets((weight for weight in weights if not weight.duplicate), elements)
 
 
 def _buckets(weights: Iterable[StageWeight], elements: int) -> Iterator[list[StageWeight]]:
     """Consecutive weights of at most `elements` together; a larger one travels alone."""
     bucket: list[StageWeight] = []
     for weight in weights:
-        if bucket and sum(other.elements for other in bucket) + weight.elements > elements:
+        if bucket and bucket_size(bucket) + weight.elements > elements:
             yield bucket
             bucket = []
         bucket.append(weight)
     if bucket:
         yield bucket
+
+
+def bucket_size(bucket: Sequence[StageWeight]) -> int:
+    return sum(weight.elements for weight in bucket)
 
 
 def _gather_bucket(
@@ -128,7 +158,8 @@ def _gather_bucket(
     return torch.cat([tensor.flatten() for tensor in whole])
 
 
-def _unpack(flat: Tensor, bucket: Sequence[StageWeight]) -> Iterator[tuple[str, Tensor]]:
+def unpack(flat: Tensor, bucket: Sequence[StageWeight]) -> Iterator[tuple[str, Tensor]]:
+    """The whole tensors of a bucket, as views of it."""
     names = [name for weight in bucket for name in weight.names]
     shapes = [shape for weight in bucket for shape in weight.shapes]
     parts = torch.split(flat, [torch.Size(shape).numel() for shape in shapes])

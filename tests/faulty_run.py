@@ -17,7 +17,7 @@ from rlef.learner import Learner
 from rlef.records import Episode
 from rlef.rollout import Collection
 from rlef.run_folder import RunFolder, open_run_folder
-from rlef.train import Run
+from rlef.sampling import OwnRollouts
 from tests.small_runs import small_config
 
 
@@ -38,7 +38,7 @@ def run(config: Config, folder: RunFolder, fault: str) -> int:
         if fault == "memory":
             Learner.step = learn_with_a_fault  # type: ignore[method-assign]
         else:
-            Run._collect_own = sleep  # type: ignore[method-assign]
+            OwnRollouts.collect = sleep  # type: ignore[assignment, method-assign]
     return cli._train(config, folder)
 
 

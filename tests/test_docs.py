@@ -363,6 +363,9 @@ def learned(episodes: Sequence[Episode]) -> dict[str, float]:
             data_parallel_size=1,
             data_parallel_group=None,
             tensor_parallel_group=None,
+            tensor_parallel_rank=0,
+            pipeline_rank=0,
+            copy_rank=0,
         ),
     )
     return Learner(networks, ppo=PPOConfig(updates_per_step=1), rewards=RewardConfig()).step(episodes)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
     frozenset({"config", "files", "pieces", "records"}),
-    frozenset({"judging", "ports"}),
+    frozenset({"job", "judging", "ports", "stopping"}),
     frozenset(
         {
             "advantages",
@@ -48,12 +48,14 @@ FLOORS: tuple[frozenset[str], ...] = (
             "offload",
             "pretrained",
             "run_folder",
+            "words",
         }
     ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
     frozenset({"problem_check", "sources", "weights"}),
     frozenset(
         {
+            "bridge",
             "learner",
             "megatron_policy",
             "plan_time",
@@ -79,6 +81,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
+    frozenset({"sampling"}),
     frozenset({"train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

@@ -36,6 +36,9 @@ ALONE = ParallelState(
     data_parallel_size=1,
     data_parallel_group=None,
     tensor_parallel_group=None,
+    tensor_parallel_rank=0,
+    pipeline_rank=0,
+    copy_rank=0,
 )
 
 

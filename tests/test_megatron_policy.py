@@ -411,3 +411,11 @@ def test_weights_that_do_not_fit_are_named(change: dict[str, Tensor | None], mes
     weights = {name: tensor for name, tensor in (WEIGHTS | change).items() if tensor is not None}
     with pytest.raises(ConfigError, match=message):
         MegatronNetwork(UNTIED, weights, head="logits")
+
+
+def test_a_stage_gives_what_its_torch_twin_gives() -> None:
+    """Of one process, whose stage is the whole model."""
+    for found, twin in zip(
+        policy().stage_weights(), policy_twin(UNTIED, WEIGHTS).stage_weights(), strict=True
+    ):
+        assert torch.equal(found, twin)

@@ -84,7 +84,7 @@ def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> No
             sequence_parallel="sequence_parallel" in settings_of_all,
             recompute=config.recompute_granularity == "full",
             interleaved="virtual_pipeline" in settings_of_all,
-            disaggregated="topology" in settings_of_all,
+            disaggregated="sampling_processes" in settings_of_all,
             paged_sampler=Config().rollout.sampler == "vllm",
             split_sampler=False,  # samplers.check_sampler refuses it beside several processes
         )
@@ -258,7 +258,9 @@ def test_the_command_sets_what_its_layout_has(candidate: Candidate) -> None:
     layout = candidate.layout
     words = shlex.split(launch_command(candidate, Cluster(gpu=GPUS["H100"], nodes=1), [str(TINY)]))
     overrides = [word for word in words if word.startswith("parallel.")]
-    found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus}"]).parallel
+    sampling = 0 if layout.colocated else layout.sampling_gpus
+    found = load_config(TINY, [*overrides, f"parallel.processes={layout.training_gpus + sampling}"]).parallel
+    assert found.sampling_processes == sampling
     assert (found.tensor, found.pipeline) == (layout.tensor, layout.pipeline)
     assert found.virtual_pipeline == layout.virtual_pipeline
     assert found.replica == layout.tensor * layout.pipeline
@@ -280,7 +282,7 @@ def test_torchrun_accepts_the_command_of_the_plan(tmp_path: Path) -> None:
         [torchrun, *command[1:], "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
-    assert finished.stdout.count("data-parallel replicas: 2") == 2
+    assert finished.stdout.count("processes that sample: 1") == 2
 
 
 def test_the_json_has_what_the_tables_have() -> None:

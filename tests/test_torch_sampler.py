@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rlef.ports import Request, Response, SamplingParams
 from rlef.records import ModelShape
@@ -258,3 +261,25 @@ def test_uniforms_are_uniform_and_their_neighbours_independent() -> None:
     counts, _ = np.histogram(draws, bins=10, range=(0, 1))
     assert counts.min() > 8600
     assert counts.max() < 9400
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda named: named.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
+        (
+            lambda named: named.update({"model.norm.weight": torch.zeros(3)}),
+            r"model\.norm\.weight is \(3,\), not ",
+        ),
+        (lambda named: named.update(another=torch.zeros(1)), "another is not a weight of this model"),
+    ],
+)
+def test_weights_of_another_model_are_refused_and_leave_none(
+    model: LlamaModel, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    used, named = sampler(model), dict(model.state_dict())
+    change(named)
+    with pytest.raises(ValueError, match=f"^pushed weights: {message}"):
+        used.push(named.items(), version=8)
+    with pytest.raises(RuntimeError, match="no weights yet"):
+        used.generate([requests()[0]], params())

@@ -1,0 +1,210 @@
+"""What joins processes that learn with processes that only sample.
+
+Rank 0 gives orders, and every sampler carries out all of them in turn. An order is a word in the job's store
+(`words.py`); what is large travels by collectives, which begin when all who take part have come to them: so a
+wait that may be long is one that names whom it is for, and ends when that one is gone.
+
+Weights go bucket by bucket from one rank of each pipeline stage to all samplers at once. Episodes go from
+each sampler to rank 0, and from there to the learners.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlef.config import Config
+from rlef.job import Job, within
+from rlef.ports import ParallelState
+from rlef.records import ModelShape
+from rlef.weights import BUCKET_ELEMENTS, bucket_size, stage_buckets, unpack
+from rlef.words import Words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What the samplers are to do, with its details."""
+
+    number: int  # from 1
+    kind: str
+    details: Mapping[str, Any]
+
+
+class _Bridge:
+    """What both ends have: words, and the groups that a process is in."""
+
+    def __init__(self, job: Job, config: Config, words: Words) -> None:
+        self._job = job
+        self._config = config
+        self._words = words
+        self._number = 0  # of the last order
+        self._weights: dict[int, Any] = {}  # by pipeline rank: one that holds its stages, then the samplers
+        self._replies: Any = None  # rank 0, then the samplers
+
+    def _join(self, name: str, rank: int, *, of_tensors: bool = False) -> Any:
+        """A group of one learner, its rank 0, and all samplers. All of them call it at the same time.
+
+        torch.distributed makes groups of its default group only, and that does not hold both ends: this is a
+        backend of it, without the front.
+        """
+        store = within(self._job.store, name)
+        size, timeout = 1 + len(self._job.samplers), timedelta(seconds=self._config.parallel.timeout_s)
+        if of_tensors and self._job.device.type == "cuda":
+            return dist.ProcessGroupNCCL(store, rank, size, timeout)  # type: ignore[arg-type]  # an overload
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    def _wait_for_rank_0(self, field: str) -> None:
+        """Until it has come to the present order."""
+        self._words.wait(
+            [0],
+            lambda word: getattr(word, field) >= self._number,
+            limit_s=self._config.rollout.timeout_s,
+            limit="rollout.timeout_s",
+        )
+
+
+class LearnersEnd(_Bridge):
+    """The end of a learner. Every method is collective over the learners."""
+
+    def __init__(self, job: Job, config: Config, words: Words, state: ParallelState) -> None:
+        super().__init__(job, config, words)
+        self.is_first = job.rank == 0
+        sends = state.copy_rank == state.tensor_parallel_rank == 0
+        self._order("meet")
+        self._wait_until_ready()
+        if self.is_first:
+            self._replies = self._join("replies", 0)
+        if sends:
+            source = state.pipeline_rank
+            self._weights[source] = self._join(f"weights {source}", 0, of_tensors=True)
+        self._in_replica = state.copy_rank == 0
+
+    def send_weights(self, buckets: Iterable[Tensor], *, version: int) -> None:
+        """`buckets` are those of this process's stages, as `Network.stage_weights` gives them."""
+        remaining = iter(buckets) if self._in_replica else iter(())
+        first = list(itertools.islice(remaining, 1))  # rank 0 has one, which shows the type of all
+        dtypes = [str(flat.dtype).removeprefix("torch.") for flat in first]
+        self._order("load", version=version, dtype=next(iter(dtypes), ""))
+        self._wait_until_ready()
+        for flat in itertools.chain(first, remaining):
+            for group in self._weights.values():
+                group.broadcast(flat, 0).wait()
+
+    def ask(self, kind: str, **details: Any) -> list[Any]:
+        """What each sampler replies to an order, in their order; the same on all learners."""
+        self._order(kind, **details)
+        self._wait_until_ready(self._config.rollout.timeout_s, "rollout.timeout_s")
+        replies: list[Any] = [None]
+        if self.is_first:
+            replies = [[_receive(self._replies, 1 + index) for index in range(len(self._job.samplers))]]
+        if self._job.learners > 1:
+            dist.broadcast_object_list(replies, src=0)
+        answered: list[Any] = replies[0]
+        return answered
+
+    def tell(self, kind: str, what: object = None, **details: Any) -> None:
+        """An order without a reply, which may hand out something large."""
+        self._order(kind, **details)
+        self._wait_until_ready()
+        if self.is_first and what is not None:
+            for index in range(len(self._job.samplers)):
+                _send(self._replies, what, 1 + index)
+
+    def samplers_want_to_stop(self) -> bool:
+        """As far as this process knows."""
+        words = [self._words.heard(rank) for rank in self._job.samplers]
+        return any(word is not None and word.wants_to_stop for word in words)
+
+    def _order(self, kind: str, **details: Any) -> None:
+        self._number += 1
+        if self.is_first:
+            self._words.say(given=self._number, order=json.dumps({"kind": kind, "details": details}))
+
+    def _wait_until_ready(self, limit_s: int | None = None, limit: str = "parallel.timeout_s") -> None:
+        """Until all samplers have come to the order, or have carried it out, if they reply."""
+        if not self.is_first:
+            self._wait_for_rank_0("done")
+            return
+        self._words.wait(
+            self._job.samplers,
+            lambda word: word.done >= self._number,
+            limit_s=limit_s or self._config.parallel.timeout_s,
+            limit=limit,
+        )
+        self._words.say(done=self._number)
+
+
+class SamplersEnd(_Bridge):
+    """The end of a process that only samples."""
+
+    def __init__(self, job: Job, config: Config, words: Words, shape: ModelShape) -> None:
+        super().__init__(job, config, words)
+        self._shape = shape
+        self.next_order()
+        self.ready()
+        self._wait_for_rank_0("done")
+        own = 1 + job.samplers.index(job.rank)
+        self._replies = self._join("replies", own)
+        self._stages = config.parallel.pipeline * config.parallel.virtual_pipeline
+        for source in range(config.parallel.pipeline):
+            self._weights[source] = self._join(f"weights {source}", own, of_tensors=True)
+
+    def next_order(self) -> Order:
+        """Wait for it. It is answered by one of the other methods."""
+        self._number += 1
+        self._wait_for_rank_0("given")
+        word = self._words.heard(0)
+        assert word is not None
+        assert word.given == self._number, "rank 0 goes on when all have come to an order"
+        return Order(number=self._number, **json.loads(word.order))
+
+    def ready(self) -> None:
+        """Say that this process has come to the present order."""
+        self._words.say(done=self._number)
+
+    def reply(self, what: object) -> None:
+        """The answer to the present order, for `LearnersEnd.ask`."""
+        self.ready()
+        _send(self._replies, what, 0)
+
+    def take(self) -> Any:
+        """What the present order hands out."""
+        self.ready()
+        return _receive(self._replies, 0)
+
+    def weights(self, dtype: str, *, bucket_elements: int = BUCKET_ELEMENTS) -> Iterator[tuple[str, Tensor]]:
+        """The whole weights under Hugging Face names, as they arrive. To be read to the end."""
+        self.ready()
+        for stage in range(self._stages):
+            group = self._weights[stage % len(self._weights)]  # rank by rank, round after round
+            buckets = stage_buckets(
+                self._shape, "logits", stage=stage, stages=self._stages, elements=bucket_elements
+            )
+            for bucket in buckets:
+                flat = torch.empty(bucket_size(bucket), dtype=getattr(torch, dtype), device=self._job.device)
+                group.broadcast(flat, 0).wait()
+                yield from unpack(flat, bucket)
+
+
+def _send(group: Any, what: object, to: int) -> None:
+    """Pickled, as torch.distributed sends objects: both ends are of this job."""
+    data = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8)
+    group.send([torch.tensor([data.numel()])], to, 0).wait()
+    group.send([data], to, 0).wait()
+
+
+def _receive(group: Any, source: int) -> Any:
+    size = torch.empty(1, dtype=torch.int64)
+    group.recv([size], source, 0).wait()
+    data = torch.empty(int(size), dtype=torch.uint8)
+    group.recv([data], source, 0).wait()
+    return pickle.loads(data.numpy().tobytes())  # noqa: S301  as in _send

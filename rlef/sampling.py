@@ -1,0 +1,319 @@
+"""The sampling side of a run: where its episodes are made, and how they come to those who learn.
+
+Colocated, every process makes a share of the episodes and all share them out. Disaggregated, processes of
+their own do (`sample`), and the learners order and receive. What makes a process's share is the same in both,
+`OwnRollouts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
+from typing import Protocol, TypedDict, Unpack
+
+from torch import Tensor
+
+from rlef import problems as sources
+from rlef.asynchronous import AsynchronousRollouts
+from rlef.bridge import LearnersEnd, Order, SamplersEnd
+from rlef.config import Config, FeedbackKind
+from rlef.execution import open_executor
+from rlef.families import read_shape
+from rlef.faults import Watch, doing
+from rlef.job import Job, leave
+from rlef.ports import Network, SamplingParams
+from rlef.pretrained import StoredWeights, model_folder
+from rlef.problems import Cursor
+from rlef.prompts import Dialog
+from rlef.records import Episode, Problem
+from rlef.rollout import Collection, CollectSettings, interleaved, share_out
+from rlef.rollout import collect as collect_in_lockstep
+from rlef.samplers import build_sampler
+from rlef.stopping import StopRequest
+from rlef.streaming import collect_overlapped, merged
+from rlef.words import Words
+
+
+class EvaluationSettings(TypedDict):
+    """What an evaluation samples with."""
+
+    params: SamplingParams
+    turns: int
+    feedback: FeedbackKind
+
+
+class Rollouts(Protocol):
+    """A learner's view of the sampling side. Every method is collective over the learners."""
+
+    own_s: dict[str, float]  # this process's seconds of the last step, by phase
+
+    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
+        """Begin with `step`, whose problems are counted from `origin`; go on with what `save` gave."""
+        ...
+
+    def collect(self, step: int) -> Collection:
+        """The episodes of a step, in the order of their numbers."""
+        ...
+
+    def evaluate(
+        self,
+        problems: Sequence[Problem],
+        *,
+        numbers: Sequence[int],
+        **settings: Unpack[EvaluationSettings],
+    ) -> Sequence[Episode]:
+        """As `evaluate.Rollouts`."""
+        ...
+
+    def push(self, policy: Network, version: int) -> None:
+        """Sample with these weights from here on."""
+        ...
+
+    def save(self) -> str:
+        """What is under way, for `start`."""
+        ...
+
+    def want_to_stop(self) -> bool:
+        """Whether a process that only samples is known to have been asked to stop."""
+        ...
+
+    def end(self) -> None:
+        """Nothing is wanted any more."""
+        ...
+
+
+class OwnRollouts:
+    """The share of the episodes that this process makes: those of every `of`-th problem."""
+
+    def __init__(self, config: Config, stack: ExitStack, *, job: Job, index: int, of: int) -> None:
+        """With the weights of `model.path`, as version 0. `stack` ends what is begun here."""
+        self._config = config
+        self._index, self._of = index, of
+        folder = model_folder(config.model.path)
+        self.shape = read_shape(folder)
+        self._dialog = Dialog.read(folder, config.rollout)
+        self._sampler = build_sampler(
+            config, folder, self.shape, end_token_id=self._dialog.end_token_id, device=job.device
+        )
+        stack.callback(self._sampler.close)
+        self._sampler.push(StoredWeights(folder).tensors(), version=0)
+        self._problems = sources.load(config, "train")
+        self._origin = 0  # where in them step 0 began
+        self._eval_problems = sources.load(config, "eval")
+        self._executor = stack.enter_context(open_executor(config.executor))
+        self._asynchronous: AsynchronousRollouts | None = None  # until `start`
+        self._device = job.device
+        self._stack = stack
+
+    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
+        """`saved` may hold episodes of others."""
+        self._origin = origin
+        if self._config.rollout.max_staleness > 0:
+            self._asynchronous = AsynchronousRollouts(
+                self._training_settings(),
+                problems_of=self._share,
+                steps=self._config.run.steps,
+                max_staleness=self._config.rollout.max_staleness,
+                device=self._device,
+            )
+            self._stack.callback(self._asynchronous.close)
+            self._asynchronous.start(step, saved)
+
+    def collect(self, step: int) -> Collection:
+        rollout = self._config.rollout
+        problems, numbers = self._share(step)
+        with doing(f"episodes: {len(numbers)}, rollout.slots: {rollout.slots}"):
+            if self._asynchronous is not None:
+                return self._asynchronous.take(step)
+            collect = collect_overlapped if rollout.overlap else collect_in_lockstep
+            return collect(problems, numbers=numbers, **self._training_settings())
+
+    def evaluate(
+        self,
+        problems: Sequence[Problem],
+        *,
+        numbers: Sequence[int],
+        **settings: Unpack[EvaluationSettings],
+    ) -> Collection:
+        """This process's share. Meanwhile training episodes wait."""
+        overlap = self._config.rollout.overlap and settings["feedback"] != "random"
+        with nullcontext() if self._asynchronous is None else self._asynchronous.paused():
+            return (collect_overlapped if overlap else collect_in_lockstep)(
+                problems[self._index :: self._of],
+                numbers=numbers[self._index :: self._of],
+                **self._settings(**settings),
+            )
+
+    def evaluate_held_out(
+        self, *, numbers: Sequence[int], **settings: Unpack[EvaluationSettings]
+    ) -> Collection:
+        """`evaluate`, of the held-out problems, each as many times as there are numbers for it."""
+        each = len(numbers) // len(self._eval_problems)
+        problems = [problem for problem in self._eval_problems for _ in range(each)]
+        return self.evaluate(problems, numbers=numbers, **settings)
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        (self._asynchronous or self._sampler).push(weights, version=version)
+
+    def save(self) -> str:
+        if self._asynchronous is None:
+            return ""
+        with self._asynchronous.paused():
+            return self._asynchronous.save()
+
+    def _share(self, step: int) -> tuple[Sequence[Problem], Sequence[int]]:
+        """This process's problems of a training step, and the numbers of their episodes."""
+        count = self._config.rollout.episodes_per_step
+        position = self._origin + step * count
+        cursor = Cursor(self._problems, seed=self._config.run.seed, position=position)
+        numbers = range(step * count, (step + 1) * count)
+        return cursor.take(count)[self._index :: self._of], numbers[self._index :: self._of]
+
+    def _training_settings(self) -> CollectSettings:
+        rollout = self._config.rollout
+        params = SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            max_tokens=rollout.max_response_tokens,
+            seed=self._config.run.seed,
+        )
+        return self._settings(params, rollout.turns, rollout.feedback)
+
+    def _settings(self, params: SamplingParams, turns: int, feedback: FeedbackKind) -> CollectSettings:
+        return CollectSettings(
+            sampler=self._sampler,
+            executor=self._executor,
+            dialog=self._dialog,
+            settings=self._config.rollout,
+            params=params,
+            turns=turns,
+            feedback=feedback,
+        )
+
+
+class Colocated:
+    """`Rollouts` where each process makes its share."""
+
+    def __init__(self, own: OwnRollouts, watch: Watch) -> None:
+        self._own = own
+        self._watch = watch
+        self.own_s: dict[str, float] = {}
+
+    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
+        self._own.start(step, origin, saved)
+
+    def collect(self, step: int) -> Collection:
+        with self._watch.phase(f"sampling step {step + 1}"):
+            own = self._own.collect(step)
+        self.own_s = {"sampling": own.sampling_s, "executing": own.executing_s}
+        with self._watch.phase(f"sharing the episodes of step {step + 1}"):
+            return share_out(own)
+
+    def evaluate(
+        self, problems: Sequence[Problem], *, numbers: Sequence[int], **settings: Unpack[EvaluationSettings]
+    ) -> Sequence[Episode]:
+        return share_out(self._own.evaluate(problems, numbers=numbers, **settings)).episodes
+
+    def push(self, policy: Network, version: int) -> None:
+        self._own.push(policy.named_weights(), version)
+
+    def save(self) -> str:
+        return self._own.save()
+
+    def want_to_stop(self) -> bool:
+        return False
+
+    def end(self) -> None:
+        """What this process has begun, it ends itself."""
+
+
+class Disaggregated:
+    """`Rollouts` where other processes make the episodes."""
+
+    def __init__(self, bridge: LearnersEnd, watch: Watch) -> None:
+        self._bridge = bridge
+        self._watch = watch
+        self.own_s: dict[str, float] = {}
+
+    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
+        self._bridge.tell("start", list(saved), step=step, origin=origin)
+
+    def collect(self, step: int) -> Collection:
+        with self._watch.phase(f"waiting for the episodes of step {step + 1}"):
+            return interleaved(self._bridge.ask("collect", step=step))
+
+    def evaluate(
+        self, _problems: Sequence[Problem], *, numbers: Sequence[int], **settings: Unpack[EvaluationSettings]
+    ) -> Sequence[Episode]:
+        """The samplers know the problems: the held-out ones."""
+        details = settings | {"params": asdict(settings["params"])}
+        first, stop = numbers[0], numbers[-1] + 1
+        return interleaved(self._bridge.ask("evaluate", numbers=[first, stop], **details)).episodes
+
+    def push(self, policy: Network, version: int) -> None:
+        self._bridge.send_weights(policy.stage_weights(), version=version)
+
+    def save(self) -> str:
+        """For all samplers, by rank 0."""
+        saved = [each for each in self._bridge.ask("save") if each]
+        return merged(saved) if saved and self._bridge.is_first else ""
+
+    def want_to_stop(self) -> bool:
+        return self._bridge.samplers_want_to_stop()
+
+    def end(self) -> None:
+        self._bridge.tell("end")
+
+
+def sample(config: Config, job: Job) -> int:
+    """What a process does that only samples: carry out the learners' orders. Returns the exit status."""
+    with ExitStack() as stack:
+        words = stack.enter_context(Words(job, silence_s=config.parallel.silence_s))
+        watch = Watch(config, tell=words.enter)
+        stack.enter_context(watch.phase("starting or stopping"))
+        stack.enter_context(StopRequest(on_request=words.ask_to_stop))
+        stack.callback(leave)
+        own = OwnRollouts(config, stack, job=job, index=job.samplers.index(job.rank), of=len(job.samplers))
+        bridge = SamplersEnd(job, config, words, own.shape)
+        with words:  # so that others hear of a fault before this process tidies up
+            while (order := bridge.next_order()).kind != "end":
+                with watch.phase(_phase_of(order)):
+                    _carry_out(order, own, bridge)
+                words.enter("waiting for the learners")
+            bridge.ready()
+    return 0
+
+
+def _carry_out(order: Order, own: OwnRollouts, bridge: SamplersEnd) -> None:
+    details = dict(order.details)
+    match order.kind:
+        case "start":
+            own.start(**details, saved=bridge.take())
+        case "collect":
+            bridge.reply(own.collect(**details))
+        case "load":
+            own.push(bridge.weights(details["dtype"]), details["version"])
+        case "evaluate":
+            params = SamplingParams(**details.pop("params"))
+            numbers = range(*details.pop("numbers"))
+            bridge.reply(own.evaluate_held_out(numbers=numbers, params=params, **details))
+        case "save":
+            bridge.reply(own.save())
+        case _:
+            raise AssertionError(f"no sampler knows the order {order}")
+
+
+def _phase_of(order: Order) -> str:
+    """The name of the phase, of which the first word says what it takes."""
+    match order.kind:
+        case "collect":
+            return f"sampling step {order.details['step'] + 1}"
+        case "load":
+            return f"loading the weights of step {order.details['version']}"
+        case "evaluate":
+            return "evaluating"
+        case "save":
+            return "saving what is under way"
+        case _:
+            return "starting the episodes"

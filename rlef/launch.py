@@ -6,9 +6,11 @@ it, and when one child fails the others are ended.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
+import random
 import signal
 import socket
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from rlef.config import ConfigError
 TOLD = 3  # exit status of a process that has said what ended the run; the command's is 1
 
 _PR_SET_PDEATHSIG = 1
+_FIRST_PORT = 10_000  # below it known services listen
 # glibc would give the pages of each large tensor back and fault them in again for the next one. Keeping them
 # saves about a tenth of the CPU time of an update, and costs the peak of memory while the process lives.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -68,7 +71,7 @@ def run_processes(
     if processes == 1:
         return target(*arguments)
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     children = [
         context.Process(target=_child, args=(os.getpid(), rank, processes, port, target, arguments))
         for rank in range(processes)
@@ -153,8 +156,18 @@ class _SignalsLeftTo:
                 os.kill(child.pid, message)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+def free_port() -> int:
+    """A free port of this machine, not one of those that the kernel gives to whoever asks for any.
+
+    So nobody is likely to take it before rank 0 has imported what it needs and listens.
+    """
+    given_out = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
+    first = int(given_out[0])
+    for port in random.sample(range(_FIRST_PORT, first), k=max(0, first - _FIRST_PORT)):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError(
+        f"no port from {_FIRST_PORT} to {first - 1} is free for the processes to meet at: raise the first "
+        "number of net.ipv4.ip_local_port_range, or start them by torchrun"
+    )

@@ -7,7 +7,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlef.launch import free_port
 
 ROOT = Path(__file__).parent.parent
 _FOLDER = "RLEF_TEST_FOLDER"
@@ -65,11 +66,7 @@ def _launch(name: str, ranks: int, folder: Path) -> int:
     importlib.import_module("rlef.megatron_policy")
     module, function = name.split(":")
     target = getattr(importlib.import_module(module), function)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(ranks)
-        )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(ranks))
     os.environ[_FOLDER] = str(folder)
     context = multiprocessing.get_context("fork")
     processes = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlef.config import ConfigError
-from rlef.launch import launched_by_torchrun, require_restartable, run_processes
+from rlef.launch import free_port, launched_by_torchrun, require_restartable, run_processes
 from tests.small_runs import ROOT, Command, nothing_left_behind
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -171,3 +173,15 @@ if __name__ == "__main__":
 
     target, folder = sys.argv[1:]
     sys.exit(run_processes(getattr(test_launch, target), (Path(folder),), processes=2, threads=1))
+
+
+def test_a_port_is_chosen_that_the_kernel_gives_to_nobody_and_that_nobody_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    chosen = free_port()
+    assert not first <= chosen <= last
+    monkeypatch.setattr(random, "sample", lambda ports, k: [chosen, *ports])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", chosen))
+        assert free_port() != chosen

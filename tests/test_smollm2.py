@@ -17,15 +17,17 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from rlef.checkpoint import CheckpointStore
 from rlef.config import ParallelConfig, RolloutConfig
 from rlef.families import read_shape
 from rlef.gguf_import import import_gguf
 from rlef.packing import pack
+from rlef.pieces import Piece
 from rlef.ports import UpdateStats
 from rlef.pretrained import StoredWeights, read_pretrained
 from rlef.prompts import Dialog
 from rlef.records import Batch, ModelShape
-from rlef.shards import join_shards, stage_weights
+from rlef.shards import stage_weights
 from rlef.torch_model import LlamaModel
 from tests.distributed import run_ranks
 from tests.family_examples import transformers_logits
@@ -177,13 +179,14 @@ def test_transformers_computes_from_the_export_what_the_policy_of_two_stages_doe
     source: Source, finished: Path
 ) -> None:
     shape = read_shape(source.model)
+    checkpoint = CheckpointStore(finished / "tiny" / "checkpoints", keep=1).load_latest()
+    assert checkpoint is not None
     policy: dict[str, torch.Tensor] = {}
-    for stage in range(PIPELINE):
-        file = finished / "tiny" / "checkpoints" / "step-000002" / f"rank-{stage:05d}.pt"
-        saved = torch.load(file, weights_only=True, mmap=True)["policy"]["weights"]
-        for weight in stage_weights(shape, "logits", stage=stage, stages=PIPELINE):
-            parts = join_shards([saved[weight.parameter]], weight.cut, shape)
-            policy |= dict(zip(weight.names, parts, strict=True))
+    for weight in stage_weights(shape, "logits", stage=0, stages=1):
+        policy |= {name: torch.empty(size) for name, size in zip(weight.names, weight.shapes, strict=True)}
+    checkpoint.states["policy"].read(
+        Piece(name=f"weight/{name}", offsets=(0,) * whole.dim(), data=whole) for name, whole in policy.items()
+    )
     expected = twin_logits(shape, policy)
     found = transformers_logits(finished / "exported", TOKENS.tolist())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

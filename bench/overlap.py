@@ -44,6 +44,10 @@ SCHEDULES = {
     "max_staleness 1": ("rollout.max_staleness=1",),
     "max_staleness 2": ("rollout.max_staleness=2",),
 }
+HERE = SCHEDULES | {  # one of the two processes learns, the other samples
+    "apart, max_staleness 0": ("parallel.sampling_processes=1",),
+    "apart, max_staleness 1": ("parallel.sampling_processes=1", "rollout.max_staleness=1"),
+}
 SHORT = ("run.steps=6", "rollout.episodes_per_step=64", "problems.eval_size=4", "checkpoint.every_steps=100")
 FILLING = 3  # first steps that do not count: the oldest episodes are then two versions old
 
@@ -87,10 +91,10 @@ def main() -> int:
 
 def on_this_machine(rounds: int) -> list[dict[str, Any]]:
     """Per schedule: seconds a step, its ratio to lockstep in the same round, and the share of waiting."""
-    seconds: dict[str, list[float]] = {name: [] for name in SCHEDULES}
-    waiting: dict[str, list[float]] = {name: [] for name in SCHEDULES}
+    seconds: dict[str, list[float]] = {name: [] for name in HERE}
+    waiting: dict[str, list[float]] = {name: [] for name in HERE}
     for _ in range(rounds):
-        for name, settings in SCHEDULES.items():
+        for name, settings in HERE.items():
             with tempfile.TemporaryDirectory() as folder:
                 steps = [stats.metrics for stats in train(Path(folder), settings)][FILLING:]
             seconds[name].append(statistics.mean(step["seconds"] for step in steps))
@@ -98,7 +102,7 @@ def on_this_machine(rounds: int) -> list[dict[str, Any]]:
             print(f"{name}: {seconds[name][-1]:.2f} s a step, waiting {waiting[name][-1]:.2f} s", flush=True)
     print("\n| on this machine | seconds a step | against lockstep | waiting |\n|---|---|---|---|")
     rows = []
-    for name in SCHEDULES:
+    for name in HERE:
         ratios = [own / base for own, base in zip(seconds[name], seconds["lockstep"], strict=True)]
         shares = [waited / whole for waited, whole in zip(waiting[name], seconds[name], strict=True)]
         row = {"schedule": name, "seconds": _spread(seconds[name]), "ratio": _spread(ratios)}

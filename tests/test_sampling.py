@@ -107,7 +107,10 @@ def as_three() -> dict[str, Any]:
     one = ("parallel.processes=3", "parallel.sampling_processes=1")
     return {
         "tensor": play(folder, "tensor", *one, "parallel.tensor=2"),
-        "pipeline": play(folder, "pipeline", *one, "parallel.pipeline=2"),
+        "interleaved": play(
+            folder, "interleaved", *one, "parallel.pipeline=2", "parallel.virtual_pipeline=2"
+        ),
+        "context": play(folder, "context", *one, "parallel.context=2"),
         "samplers": play(folder, "samplers", "parallel.processes=3", "parallel.sampling_processes=2"),
     }
 
@@ -181,7 +184,7 @@ def test_the_learners_evaluate_what_the_samplers_make(two: list[dict[str, Any]],
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("layout", ["tensor", "pipeline", "samplers"])
+@pytest.mark.parametrize("layout", ["tensor", "interleaved", "context", "samplers"])
 def test_weights_of_every_layout_reach_the_samplers_and_episodes_come_in_order(
     three: list[dict[str, Any]], alone: Played, layout: str
 ) -> None:

@@ -462,7 +462,8 @@ def check_problem_file(
     from rlef.problems import read_jsonl
 
     if not file.is_file():
-        raise ConfigError(f"there is no file {str(file)!r}; give a JSONL file of problems")
+        found = f"{str(file)!r} is a folder" if file.is_dir() else f"there is no file {str(file)!r}"
+        raise ConfigError(f"{found}; give a JSONL file of problems")
     if output is not None:
         _require_writable(output)
     defaults = Config()

@@ -112,7 +112,7 @@ class RolloutConfig(Section):
     slots: PositiveInt = 128  # sequences that the sampler decodes at once
     overlap: bool = False  # programs run while other episodes decode; results depend on the clock by rounding
     max_staleness: NonNegativeInt = 0  # versions that a token may be older than the weights it trains
-    timeout_s: PositiveInt = 3600  # of the wait for a step's episodes, where max_staleness is above 0
+    timeout_s: PositiveInt = 3600  # of the wait for a step's episodes: see docs/settings.md
 
 
 class VllmConfig(Section):

@@ -189,14 +189,14 @@ def disk(config: Config) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Weights and two moments of policy and value network, in float32; and weights in bf16 beside them."""
+    """Weights and two moments of policy and value network, in float32: of bf16 weights it is the masters."""
     shape = read_shape(model_folder(config.model.path))
     elements = sum(
         weight.elements
         for head in ("logits", "value")
         for weight in stage_weights(shape, head, stage=0, stages=1)
     )
-    return (14 if config.parallel.dtype == "bfloat16" else 12) * elements
+    return 12 * elements
 
 
 def shared_folder(config: Config) -> Iterator[Finding]:

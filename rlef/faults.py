@@ -102,10 +102,17 @@ def not_finite(error: SkippedTooOftenError, *, step: int, checkpoint: Path | Non
 class Watch:
     """This process's eye on its run."""
 
-    def __init__(self, config: Config, tell: Callable[[str], None] | None = None) -> None:
-        """`tell` is told the name of each phase."""
+    def __init__(
+        self,
+        config: Config,
+        tell: Callable[[str], None] | None = None,
+        silent: Callable[[], str] | None = None,
+    ) -> None:
+        """Where processes leave word beside torch.distributed's default group, `tell` is told the name of
+        each phase, and `silent` names those that give no sign of life."""
         self._config = config
         self._tell = tell
+        self._silent = silent
         self._entered = 0
 
     @contextmanager
@@ -171,6 +178,11 @@ class Watch:
     def _waited_for(self, phase: str) -> str:
         if not dist.is_initialized():
             return "processes that have not joined, or rank 0, which all meet through"
+        if self._silent is not None:
+            if named := self._silent():
+                return named
+            if not _is_one_of_several():
+                return "another process of the job, all of which give signs of life"
         words: dict[int, str] = {}
         asking = Thread(target=_ask, args=(words,), daemon=True)  # the one that keeps the words may be gone
         asking.start()

@@ -157,17 +157,15 @@ class _SignalsLeftTo:
 
 
 def free_port() -> int:
-    """A free port of this machine, not one of those that the kernel gives to whoever asks for any.
+    """A free port of this machine: if there is one, none of those that the kernel gives to whoever asks.
 
     So nobody is likely to take it before rank 0 has imported what it needs and listens.
     """
     given_out = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()
-    first = int(given_out[0])
-    for port in random.sample(range(_FIRST_PORT, first), k=max(0, first - _FIRST_PORT)):
+    own = range(_FIRST_PORT, int(given_out[0]))
+    for port in (*random.sample(own, k=len(own)), 0):
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
-            return port
-    raise ConfigError(
-        f"no port from {_FIRST_PORT} to {first - 1} is free for the processes to meet at: raise the first "
-        "number of net.ipv4.ip_local_port_range, or start them by torchrun"
-    )
+            bound: int = listener.getsockname()[1]
+            return bound
+    raise ConfigError("no port of 127.0.0.1 is free for the processes to meet at: end what holds them")

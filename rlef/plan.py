@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlef.config import ConfigError
+from rlef.config import ConfigError, RolloutConfig
 from rlef.files import write_text
 from rlef.plan_cluster import Assumptions, Cluster
 from rlef.plan_memory import Layout, RankMemory, cache_capacity, rank_memory
@@ -63,9 +63,16 @@ EVERYTHING = Abilities(
 )
 
 
-def trainer_with(sampler: str) -> Abilities:
-    """What the trainer can run with `rollout.sampler` set so."""
-    return replace(TRAINER, paged_sampler=sampler == "vllm")
+def trainer_with(rollout: RolloutConfig) -> Abilities:
+    """What the trainer can run with these settings.
+
+    Random feedback wants all episodes of a turn at once: then nothing is sampled while something is learned.
+    """
+    return replace(
+        TRAINER,
+        paged_sampler=rollout.sampler == "vllm",
+        disaggregated=TRAINER.disaggregated and rollout.feedback != "random",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,8 +267,11 @@ def missing_abilities(layout: Layout, abilities: Abilities) -> tuple[str, ...]:
     return tuple(name for name, (wanted, had) in asked.items() if wanted and not had)
 
 
-def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[str]) -> str:
-    """What to start on each node. `arguments` are the run file and the user's own overrides.
+def launch_command(
+    candidate: Candidate, cluster: Cluster, arguments: Sequence[str], *, is_stale: bool = False
+) -> str:
+    """What to start on each node. `arguments` are the run file and the user's own overrides, and `is_stale`
+    says whether `rollout.max_staleness` is above 0 by them.
 
     Several nodes meet at port 29500 of the host in the shell's variable HEAD.
     """
@@ -287,7 +297,8 @@ def launch_command(candidate: Candidate, cluster: Cluster, arguments: Sequence[s
         f"parallel.dtype={dtype}",
         f"parallel.sampling_processes={0 if layout.colocated else layout.sampling_gpus}",
     ]
-    if not layout.colocated and not any(each.startswith("rollout.max_staleness=") for each in arguments):
+    said = any(each.startswith("rollout.max_staleness=") for each in arguments)
+    if not layout.colocated and not is_stale and not said:
         overrides.append("rollout.max_staleness=1")  # its time is that of both at once
     if not layout.whole_cache:
         sampler = memory.sampler_weights + memory.kv_cache if layout.colocated else candidate.sampler_memory

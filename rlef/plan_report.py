@@ -48,11 +48,14 @@ def show_plan(
         cluster,
         work,
         assumptions,
-        trainer=trainer_with(config.rollout.sampler),
+        trainer=trainer_with(config.rollout),
         refusal=loading_refusal(model),
     )
     runnable = plan.runnable
-    command = launch_command(runnable, cluster, arguments) if runnable else None
+    command = None
+    if runnable:
+        is_stale = config.rollout.max_staleness > 0
+        command = launch_command(runnable, cluster, arguments, is_stale=is_stale)
     shown = chosen(plan, top)
     if as_json:
         print(json.dumps(plan_as_json(plan, shown, command), indent=2))

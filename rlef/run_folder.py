@@ -174,6 +174,8 @@ def _go_on(path: Path, config: Config, resume: str, launch: _Launch) -> tuple[Ru
     _require_same_settings(path, config)
     has_saved = any(launch.checkpoints.get(name) != written for name, written in _checkpoints(path).items())
     named = None if has_saved or resume in ("auto", "never") else Path(resume)
+    if named is not None and not named.is_dir():  # ended while it was replaced: the newest is its like
+        named = None
     return RunFolder(path=path, checkpoint=named), f"continuing the unfinished run in {path}"
 
 

@@ -12,15 +12,16 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from typing import Protocol, TypedDict, Unpack
 
+import torch
 from torch import Tensor
 
 from rlef import problems as sources
 from rlef.asynchronous import AsynchronousRollouts
 from rlef.bridge import LearnersEnd, Order, SamplersEnd
-from rlef.config import Config, FeedbackKind
+from rlef.config import Config, ConfigError, FeedbackKind
 from rlef.execution import open_executor
 from rlef.families import read_shape
-from rlef.faults import Watch, doing
+from rlef.faults import RunFault, Watch, doing
 from rlef.job import Job, leave
 from rlef.ports import Network, SamplingParams
 from rlef.pretrained import StoredWeights, model_folder
@@ -97,7 +98,9 @@ class OwnRollouts:
             config, folder, self.shape, end_token_id=self._dialog.end_token_id, device=job.device
         )
         stack.callback(self._sampler.close)
-        self._sampler.push(StoredWeights(folder).tensors(), version=0)
+        dtype = getattr(torch, config.parallel.dtype)  # in which the networks have them, and push them later
+        rounded = ((name, whole.to(dtype)) for name, whole in StoredWeights(folder).tensors())
+        self._sampler.push(rounded, version=0)
         self._problems = sources.load(config, "train")
         self._origin = 0  # where in them step 0 began
         self._eval_problems = sources.load(config, "eval")
@@ -270,11 +273,15 @@ def sample(config: Config, job: Job) -> int:
     """What a process does that only samples: carry out the learners' orders. Returns the exit status."""
     with ExitStack() as stack:
         words = stack.enter_context(Words(job, silence_s=config.parallel.silence_s))
-        watch = Watch(config, tell=words.enter)
+        watch = Watch(config, tell=words.enter, silent=words.silent)
         stack.enter_context(watch.phase("starting or stopping"))
         stack.enter_context(StopRequest(on_request=words.ask_to_stop))
         stack.callback(leave)
-        own = OwnRollouts(config, stack, job=job, index=job.samplers.index(job.rank), of=len(job.samplers))
+        index, of = job.samplers.index(job.rank), len(job.samplers)
+        try:
+            own = OwnRollouts(config, stack, job=job, index=index, of=of)
+        except ConfigError as error:  # rank 0, which tells these, may be ended before it hears of it
+            raise RunFault(str(error)) from error
         bridge = SamplersEnd(job, config, words, own.shape)
         with words:  # so that others hear of a fault before this process tidies up
             while (order := bridge.next_order()).kind != "end":

@@ -123,7 +123,9 @@ class Run:
         words = None
         if job.is_disaggregated:
             words = stack.enter_context(Words(job, silence_s=config.parallel.silence_s))
-        self._watch = Watch(config, tell=words.enter if words else None)
+        self._watch = Watch(config)
+        if words is not None:
+            self._watch = Watch(config, tell=words.enter, silent=words.silent)
         stack.enter_context(self._watch.phase("starting or stopping"))
         self._stopping = stack.enter_context(StopRequest())
         self._started = time.monotonic()

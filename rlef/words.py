@@ -26,6 +26,7 @@ from rlef.faults import CONTINUES, RunFault
 from rlef.job import Job, within
 
 _BEAT_S = 1.0  # between two signs of life
+_STILL_BEATS = 5  # after which a process counts as silent for those that have waited in vain
 _QUICKEST_S, _SLOWEST_S = 0.01, 0.25  # between two looks of one that waits
 _SHARE = 0.05  # of the time waited so far, until the next look
 _CLOSING_S = 3.0  # for the others to hear the last word
@@ -88,6 +89,12 @@ class Words:
         """The last word of a process that this one listens to."""
         with self._changed:
             return self._heard.get(rank)
+
+    def silent(self) -> str:
+        """Names of those listened to that are gone, or have been still for some beats; empty if none is."""
+        with self._changed:
+            still = {rank for rank, beat in self._beats.items() if beat.seconds > _STILL_BEATS * _BEAT_S}
+            return self._names(sorted(self._gone | still))
 
     def wait(self, whom: Sequence[int], ready: Callable[[Word], bool], *, limit_s: int, limit: str) -> None:
         """Until the words of all of `whom` are `ready`; `limit` is the name of the setting of `limit_s`.

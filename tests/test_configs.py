@@ -62,7 +62,7 @@ def plan_of(name: str) -> Plan:
         Cluster(gpu=GPUS["H100"], nodes=NODES[name]),
         workload_of(config, assumptions, longest_tokens=longest_dialog(config)),
         assumptions,
-        trainer=trainer_with(config.rollout.sampler),
+        trainer=trainer_with(config.rollout),
     )
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlef.cli import main
-from rlef.config import Config, ConfigError, ParallelConfig, load_config
+from rlef.config import Config, ConfigError, ParallelConfig, RolloutConfig, load_config
 from rlef.families import read_shape
 from rlef.megatron_policy import MegatronNetwork, initialize, leave
 from rlef.plan import (
@@ -299,7 +299,7 @@ def test_with_vllm_the_plan_gives_its_cache_a_share_of_the_gpu() -> None:
     """And without it, layouts that want it say so."""
     work, size = work_of(), read_model("llama-3.1-8b")
     cluster = Cluster(gpu=GPUS["H100"], nodes=4)
-    plan = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with("vllm"))
+    plan = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with(RolloutConfig(sampler="vllm")))
     paged = next(each for each in plan.candidates if not each.layout.whole_cache and not each.missing)
     command = launch_command(paged, cluster, ["run.toml", "rollout.sampler=vllm"])
     assert "vllm.dtype=bfloat16" in shlex.split(command)
@@ -307,5 +307,29 @@ def test_with_vllm_the_plan_gives_its_cache_a_share_of_the_gpu() -> None:
     taken = float(share.partition("=")[2]) * cluster.gpu.memory_bytes
     assert taken >= paged.memory.sampler_weights + paged.memory.kv_cache
     assert paged.layout.sampler_tensor == 1
-    plain = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with("torch"))
+    plain = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with(RolloutConfig()))
     assert any("rollout.sampler=vllm" in each.missing for each in plain.candidates)
+
+
+def test_random_feedback_is_planned_where_all_processes_sample() -> None:
+    """It wants all programs of a turn at once, and so no episodes of a step to come."""
+    trainer = trainer_with(RolloutConfig(feedback="random"))
+    size, cluster = read_model("smollm2-135m"), Cluster(gpu=GPUS["H100"], nodes=1)
+    plan = make_plan(size, cluster, work_of(), Assumptions(), trainer=trainer)
+    assert plan.runnable is not None
+    assert plan.runnable.layout.colocated
+    assert any("disaggregated topology" in each.missing for each in plan.candidates)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_stale", "expected"),
+    [([], False, 1), ([], True, 0), (["rollout.max_staleness=2"], True, 0)],
+)
+def test_the_command_makes_rollouts_stale_unless_they_are(
+    overrides: list[str], is_stale: bool, expected: int
+) -> None:
+    found = next(each for each in plan_of("smollm2-135m", nodes=1).candidates if not each.layout.colocated)
+    command = launch_command(
+        found, Cluster(gpu=GPUS["H100"], nodes=1), ["run.toml", *overrides], is_stale=is_stale
+    )
+    assert command.count("rollout.max_staleness=1") == expected

@@ -19,7 +19,10 @@ SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
 SRUN = """#!/bin/bash
 echo "srun $*" >> "$SLURM_LOG"
 while [[ $1 == --* ]]; do shift; done
-exec "$@"
+"$@" &
+trap 'kill -KILL $!' TERM HUP  # as Slurm's own does
+wait $!
+exit $?
 """
 
 SCONTROL = """#!/bin/bash
@@ -40,6 +43,7 @@ def slurm(folder: Path) -> dict[str, str]:
         "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
         "SLURM_LOG": str(folder / "slurm"),
+        "TMPDIR": str(folder),
         "SLURM_JOB_ID": str(os.getpid()),  # which the port depends on
         "SLURM_JOB_NODELIST": "node",
         "SLURM_NNODES": "1",
@@ -72,7 +76,7 @@ def test_a_job_without_a_run_file_says_how_to_give_one(tmp_path: Path) -> None:
 
 def test_launches_that_fail_are_counted(tmp_path: Path) -> None:
     environment = slurm(tmp_path)
-    for name, text in (("srun", SRUN.replace('exec "$@"', "exit 7")), ("rlef", "#!/bin/bash\n")):
+    for name, text in (("srun", SRUN.replace('"$@" &', "exit 7")), ("rlef", "#!/bin/bash\n")):
         (tmp_path / "commands" / name).write_text(text)
         (tmp_path / "commands" / name).chmod(0o755)
     done = subprocess.run(
@@ -104,6 +108,7 @@ def test_a_job_outlives_its_torchrun_and_when_out_of_time_saves_and_is_queued_ag
         reached = int(re.findall(r"^step (\d+)/", command.output, re.MULTILINE)[-1])
         command.wait_until_step(reached + 2)
         torchrun = torchrun_of(command)
+        assert (tmp_path / f"rlef-{os.getpid()}.pid").read_text() == f"{torchrun}\n"
         for rank in children(torchrun):
             os.kill(rank, signal.SIGTERM)
         time.sleep(0.1)
@@ -117,5 +122,6 @@ def test_a_job_outlives_its_torchrun_and_when_out_of_time_saves_and_is_queued_ag
 
 
 def torchrun_of(command: Command) -> int:
-    (found,) = [pid for pid in children(command.process.pid) if children(pid)]
+    """The child of srun, which is the script's only one that waits for something."""
+    (found,) = [child for srun in children(command.process.pid) for child in children(srun)]
     return found

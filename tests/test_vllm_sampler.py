@@ -451,8 +451,14 @@ def test_two_workers_of_tensor_parallel_give_the_models_logprobs_after_each_push
 
 @pytest.mark.parametrize(
     ("processes", "overrides"),
-    [(1, []), (2, []), (1, ["rollout.overlap=true"]), (1, ["rollout.max_staleness=1"])],
-    ids=["lockstep", "two processes", "overlapped", "asynchronous"],
+    [
+        (1, []),
+        (2, []),
+        (1, ["rollout.overlap=true"]),
+        (1, ["rollout.max_staleness=1"]),
+        (2, ["parallel.sampling_processes=1"]),
+    ],
+    ids=["lockstep", "two processes", "overlapped", "asynchronous", "one samples and one learns"],
 )
 def test_a_run_with_vllm_trains_the_embedded_model(
     tmp_path: Path, processes: int, overrides: list[str]

@@ -5,52 +5,41 @@ What the user must mend is one line on standard error and exit status 2, before 
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from rlef.config import (
-    Config,
-    ConfigError,
-    check_context,
-    describe_arithmetic,
-    load_config,
-    of_learners,
+from rlef.commands import (
+    check_inputs,
+    check_problems_and_executor,
+    errors_in_one_line,
+    refuse,
+    require_empty,
+    require_writable,
 )
+from rlef.config import Config, ConfigError, describe_arithmetic, load_config, of_learners
 from rlef.files import write_text
 from rlef.launch import TOLD, die_with_parent, launched_by_torchrun, require_restartable, run_processes
-from rlef_sandbox import Executor, SandboxFault
-
-_F = TypeVar("_F", bound=Callable[..., Any])
+from rlef.problem_commands import problems_group
+from rlef_sandbox import SandboxFault
 
 _CONFIG = click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
 _OVERRIDES = click.argument("overrides", metavar="[SECTION.KEY=VALUE]...", nargs=-1)
-
-
-def _errors_in_one_line(command: _F) -> _F:
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except ConfigError as error:
-            sys.exit(_refuse(error))
-
-    return guarded  # type: ignore[return-value]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="rlef")
 def main() -> None:
     """Reinforcement learning of code models with execution feedback."""
+
+
+main.add_command(problems_group)
 
 
 @main.command()
@@ -62,7 +51,7 @@ def main() -> None:
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, print the settings and the batch arithmetic, stop."
 )
-@_errors_in_one_line
+@errors_in_one_line
 def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: bool) -> None:
     """Train as CONFIG (a TOML file) says, and report."""
     from rlef.run_folder import only_one_run, open_run_folder
@@ -114,7 +103,7 @@ def train(config_file: Path, overrides: tuple[str, ...], resume: str, dry_run: b
 )
 @click.option("--model", metavar="NAME", help="The model's name on the server.")
 @click.option("--api-key-env", metavar="VARIABLE", help="Where in the environment the server's key is.")
-@_errors_in_one_line
+@errors_in_one_line
 def evaluate(
     config_file: Path,
     overrides: tuple[str, ...],
@@ -130,7 +119,7 @@ def evaluate(
         config_file, (*overrides, *(f"{name}={value}" for name, value in given.items() if value is not None))
     )
     if output is not None:
-        _require_writable(output)
+        require_writable(output)
     if episodes is not None:
         figures = _evaluate_matrix(config, episodes)
     elif config.server.url:
@@ -158,7 +147,7 @@ def _evaluate_matrix(config: Config, folder: Path) -> dict[str, Any]:
     check_matrix()
     if config.server.url:
         check_server(config.server)
-        _check_problems_and_executor(config)
+        check_problems_and_executor(config)
     else:
         check_inputs(config)
     try:
@@ -178,7 +167,7 @@ def _evaluate_matrix(config: Config, folder: Path) -> dict[str, Any]:
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Also write the differences to this JSON file."
 )
-@_errors_in_one_line
+@errors_in_one_line
 def compare(first: Path, second: Path, output: Path | None) -> None:
     """Compare two evaluations of the same problems, B minus A: folders of `rlef eval --episodes`."""
     from rich.console import Console
@@ -186,7 +175,7 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
     from rlef.comparison import compare_evaluations, comparison_table
 
     if output is not None:
-        _require_writable(output)
+        require_writable(output)
     differences = compare_evaluations(first, second)
     if output is not None:
         write_text(output, json.dumps([asdict(row) for row in differences], indent=1) + "\n")
@@ -213,14 +202,14 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
     show_default=True,
     help="A larger model is written as several files of at most this.",
 )
-@_errors_in_one_line
+@errors_in_one_line
 def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, max_file_mb: float) -> None:
     """Write a run's policy as a Hugging Face folder."""
     from rlef.run_folder import RunFolder, read_run_config
     from rlef.standalone import export_policy
 
     config = of_learners(read_run_config(run_folder))
-    _require_empty(output)
+    require_empty(output)
     folder = RunFolder(path=run_folder, checkpoint=checkpoint)
     max_file_bytes = int(max_file_mb * 1000**2)
     status = _with_status(
@@ -235,7 +224,7 @@ def export(run_folder: Path, output: Path, checkpoint: Path | None, dtype: str, 
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps; the recipe's if left out.")
 @click.option("--seed", type=click.IntRange(min=0), help="The recipe's if left out.")
-@_errors_in_one_line
+@errors_in_one_line
 def pretrain(output: Path, steps: int | None, seed: int | None) -> None:
     """Make the starting model again: a tokenizer and a small Llama, from a seed."""
     from dataclasses import replace
@@ -243,7 +232,7 @@ def pretrain(output: Path, steps: int | None, seed: int | None) -> None:
     from rlef.pretrain import Recipe
     from rlef.pretrain import pretrain as make
 
-    _require_empty(output)
+    require_empty(output)
     recipe = Recipe()
     recipe = replace(recipe, steps=steps or recipe.steps, seed=recipe.seed if seed is None else seed)
     make(output, recipe, log=click.echo)
@@ -260,14 +249,14 @@ def pretrain(output: Path, steps: int | None, seed: int | None) -> None:
     show_default=True,
     help="Type of the weights; they are computed in float32.",
 )
-@_errors_in_one_line
+@errors_in_one_line
 def import_gguf(file: Path, output: Path, dtype: str) -> None:
     """Make the model in a GGUF FILE into a model folder."""
     import torch
 
     from rlef.gguf_import import import_gguf as make
 
-    _require_empty(output)
+    require_empty(output)
     made = make(file, output, dtype=getattr(torch, dtype))
     click.echo(
         f"wrote {output}: {made.shape.model_type} of {made.parameters:,} parameters, "
@@ -277,7 +266,7 @@ def import_gguf(file: Path, output: Path, dtype: str) -> None:
 
 @main.command()
 @click.argument("run_folder", type=click.Path(path_type=Path))
-@_errors_in_one_line
+@errors_in_one_line
 def report(run_folder: Path) -> None:
     """Write a run's report.html again, and show its table."""
     from rlef.report import write_report
@@ -293,7 +282,7 @@ def report(run_folder: Path) -> None:
 @_CONFIG
 @_OVERRIDES
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line instead of text.")
-@_errors_in_one_line
+@errors_in_one_line
 def doctor(config_file: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Look whether this machine can run CONFIG, and say how to mend what is amiss.
 
@@ -331,223 +320,13 @@ def doctor(config_file: Path, overrides: tuple[str, ...], as_json: bool) -> None
 @click.option("--assume", multiple=True, metavar="NAME=NUMBER", help="Change an assumption: docs/plan.md.")
 @click.option("--top", type=click.IntRange(min=1), default=8, show_default=True, help="Layouts to show.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
-@_errors_in_one_line
+@errors_in_one_line
 def plan(config_file: Path, overrides: tuple[str, ...], model: str | None, **options: Any) -> None:
     """Predict memory and step time of CONFIG on a cluster, rank the layouts, print the command."""
     from rlef.plan_report import show_plan
 
     given = (*overrides, f"model.path={model}") if model else overrides
     show_plan(load_config(config_file, given), [str(config_file), *given], **options)
-
-
-@main.group("problems")
-def problems_group() -> None:
-    """Convert published problem sets, and check problem files."""
-
-
-_MAX_TEST_BYTES = click.option(
-    "--max-test-bytes", type=click.IntRange(min=1), help="Instead of the default of problems.max_test_bytes."
-)
-_SOLUTIONS = click.option(
-    "--solutions", type=click.IntRange(min=0), default=5, show_default=True, help="Programs of each kind."
-)
-_ALLOW_MISSING = click.option(
-    "--allow-missing", multiple=True, metavar="LAYER", help="As executor.allow_missing; may be repeated."
-)
-_WORKERS = click.option("--workers", type=click.IntRange(min=1), help="Programs that run at once.")
-
-
-@problems_group.command("convert")
-@click.argument("format_name", metavar="FORMAT")
-@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.argument("output", metavar="OUTPUT", type=click.Path(path_type=Path))
-@click.option(
-    "--against",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Report statements that this JSONL file has, too, such as that of another split; may be repeated.",
-)
-@click.option("--drop-duplicates", is_flag=True, help="Leave repeated statements out.")
-@click.option(
-    "--public-tests",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="How many of the first tests are public, where the source does not say which.",
-)
-@click.option("--generated-tests", is_flag=True, help="CodeContests: generated tests are private ones, too.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write what was left out to this JSON file.")
-@_SOLUTIONS
-@_MAX_TEST_BYTES
-@_ALLOW_MISSING
-@_WORKERS
-@_errors_in_one_line
-def convert_problems(
-    format_name: str,
-    inputs: tuple[Path, ...],
-    output: Path,
-    against: tuple[Path, ...],
-    drop_duplicates: bool,
-    public_tests: int,
-    generated_tests: bool,
-    report: Path | None,
-    solutions: int,
-    max_test_bytes: int | None,
-    allow_missing: tuple[str, ...],
-    workers: int | None,
-) -> None:
-    """Write the problems of published files to OUTPUT, a JSONL file: docs/problems.md names the formats."""
-    from rlef.sources.common import Choices
-    from rlef.sources.convert import FORMATS, RUNS_REFERENCES, convert
-
-    if format_name not in FORMATS:
-        raise ConfigError(f"there is no format {format_name!r}; use one of {', '.join(FORMATS)}")
-    for file in (output, report):
-        if file is not None:
-            _require_writable(file)
-    defaults = Config()
-    choices = Choices(
-        defaults=defaults.executor,
-        max_test_bytes=max_test_bytes or defaults.problems.max_test_bytes,
-        public_tests=public_tests,
-        generated_tests=generated_tests,
-        solutions=solutions,
-    )
-    with contextlib.ExitStack() as stack:
-        made = convert(
-            format_name,
-            inputs,
-            output,
-            choices=choices,
-            against=against,
-            drop_duplicates=drop_duplicates,
-            executor=(
-                stack.enter_context(_executor(workers, allow_missing))
-                if format_name in RUNS_REFERENCES
-                else None
-            ),
-        )
-    if report is not None:
-        write_text(report, json.dumps(made.as_json(), indent=1) + "\n")
-    for line in made.lines():
-        click.echo(line)
-    click.echo(f"wrote {output}")
-
-
-@problems_group.command("check")
-@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("--runs", type=click.IntRange(min=1), default=2, show_default=True, help="Of each program.")
-@click.option("--output", type=click.Path(path_type=Path), help="Also write the findings to this JSON file.")
-@_SOLUTIONS
-@_MAX_TEST_BYTES
-@_ALLOW_MISSING
-@_WORKERS
-@_errors_in_one_line
-def check_problem_file(
-    file: Path,
-    runs: int,
-    output: Path | None,
-    solutions: int,
-    max_test_bytes: int | None,
-    allow_missing: tuple[str, ...],
-    workers: int | None,
-) -> None:
-    """Run the solutions and the known-wrong programs of FILE, a JSONL file, and say what is amiss.
-
-    Status 0 if nothing is, 1 if something is.
-    """
-    from rich.console import Console
-
-    from rlef.problem_check import check_problems, summary, table
-    from rlef.problems import read_jsonl
-
-    if not file.is_file():
-        found = f"{str(file)!r} is a folder" if file.is_dir() else f"there is no file {str(file)!r}"
-        raise ConfigError(f"{found}; give a JSONL file of problems")
-    if output is not None:
-        _require_writable(output)
-    defaults = Config()
-    problems = read_jsonl(
-        file,
-        defaults=defaults.executor,
-        max_test_bytes=max_test_bytes or defaults.problems.max_test_bytes,
-    )
-    with _executor(workers, allow_missing) as executor:
-        checks = list(check_problems(problems, executor, runs=runs, solutions=solutions))
-    found = summary(checks)
-    if output is not None:
-        write_text(output, json.dumps(found, indent=1) + "\n")
-    if found["amiss"]:
-        Console(width=None if sys.stdout.isatty() else 160).print(table(checks))
-    click.echo(
-        f"{found['sound']} of {found['problems']} problems are sound; {found['solutions']} solutions and "
-        f"{found['incorrect_solutions']} known-wrong programs were run {runs} times"
-    )
-    sys.exit(bool(found["amiss"]))
-
-
-def _executor(workers: int | None, allow_missing: tuple[str, ...]) -> Executor:
-    try:
-        return Executor(workers=workers, allow_missing=allow_missing)
-    except (ValueError, SandboxFault) as error:
-        raise ConfigError(f"the sandbox does not start: {error}") from None
-
-
-def _require_writable(file: Path) -> None:
-    """Before minutes of work: the file's folder can be made, and written to."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--output {file} cannot be written ({error.strerror}); name another place"
-        ) from None
-
-
-def _require_empty(output: Path) -> None:
-    """Before hours of work: the folder can be written, and nothing in it is lost."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        occupied = any(output.iterdir())
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written ({error.strerror}); name another folder") from None
-    if occupied:
-        raise ConfigError(f"{output} is not empty; name another folder")
-
-
-def check_inputs(config: Config) -> None:
-    """Read the model's shape, the dialog markers and the problem files, and start the sandbox once.
-
-    A `ConfigError` says what to mend.
-    """
-    from rlef.families import read_shape
-    from rlef.pretrained import StoredWeights, model_folder
-    from rlef.prompts import Dialog
-    from rlef.samplers import check_sampler
-    from rlef.shards import check_layout, check_weights
-
-    folder = model_folder(config.model.path)
-    shape = read_shape(folder)
-    check_weights(StoredWeights(folder), shape)
-    check_layout(shape, config.parallel, config.parallel.learners)
-    check_context(config, shape.max_position_embeddings)
-    check_sampler(config, shape)
-    Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
-    _check_problems_and_executor(config)
-
-
-def _check_problems_and_executor(config: Config) -> None:
-    from rlef import problems
-    from rlef.execution import open_executor, share_of_cores
-
-    problems.check(config)
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.processes))
-    share_of_cores(config.executor, os.sched_getaffinity(0), processes=processes_here, index=0)
-    try:
-        open_executor(config.executor, workers=1).close()
-    except (ValueError, SandboxFault) as error:
-        raise ConfigError(f"executor: {error}") from None
 
 
 def _given_by_torchrun() -> tuple[str, ...]:
@@ -568,7 +347,7 @@ def _with_status(action: Callable[[], int]) -> int:
     try:
         return action()
     except (ConfigError, CheckpointError) as error:
-        return _refuse(error)
+        return refuse(error)
     except RunFault as fault:
         if not (fault.is_told or (fault.is_shared and os.environ.get("RANK", "0") != "0")):
             click.echo(f"rlef: error: {described(fault)}", err=True)
@@ -578,13 +357,6 @@ def _with_status(action: Callable[[], int]) -> int:
 def _of_command(status: int) -> int:
     """What a shell or torchrun gets to see for what a process ended with."""
     return 1 if status == TOLD else status
-
-
-def _refuse(error: ValueError) -> int:
-    """Tell the user what to mend, once for all processes; the exit status."""
-    if os.environ.get("RANK", "0") == "0":
-        click.echo(f"rlef: error: {error}", err=True)
-    return 2
 
 
 def _train_under_torchrun(config: Config, resume: str) -> int:

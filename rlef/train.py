@@ -156,12 +156,15 @@ class Run:
         self._eval_problems = sources.load(config, "eval")
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
         stack.callback(self._store.close)
+        if words is not None:
+            stack.push(words)  # samplers hear of a fault before this process waits for its checkpoint
         self._stack = stack
 
     def resume(self) -> int:
         """Take up the newest checkpoint, or the one that the user named. Steps completed."""
         named = self._folder.checkpoint
-        checkpoint = self._store.load(named) if named else self._store.load_latest()
+        with self._watch.phase("loading a checkpoint"):
+            checkpoint = self._store.load(named) if named else self._store.load_latest()
         step = 0
         under_way: Sequence[str] = ()
         if checkpoint is not None:
@@ -186,7 +189,8 @@ class Run:
 
     def is_to_stop(self) -> bool:
         """Whether the user wants the run to save and leave; all processes agree."""
-        return self._stopping.agreed(others=self.rollouts.want_to_stop())
+        with self._watch.phase("agreeing whether to go on"):
+            return self._stopping.agreed(others=self.rollouts.want_to_stop())
 
     def save(self, step: int) -> None:
         """Sampling draws from (seed, episode, position) alone, so there is no random state to keep."""
@@ -226,7 +230,8 @@ class Run:
         """The process that others wait for most in this step, which is named if it is slow."""
         if self._pace is None:
             return {}
-        found = self._pace.compare(self.rollouts.own_s | {"scoring": self.learner.scoring_s})
+        with self._watch.phase("comparing what a step took"):
+            found = self._pace.compare(self.rollouts.own_s | {"scoring": self.learner.scoring_s})
         if found.is_slow:
             self.telemetry.note(self._pace.describe(found))
         return {"slowest_rank": float(found.rank), "slowest_rank_ratio": found.ratio}

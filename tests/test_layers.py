@@ -82,7 +82,8 @@ FLOORS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
     frozenset({"sampling"}),
-    frozenset({"train"}),
+    frozenset({"commands", "train"}),
+    frozenset({"problem_commands"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

@@ -1,0 +1,95 @@
+"""What the commands of the command line share: how an error is told, and what is checked before any work."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from rlef.config import Config, ConfigError, check_context
+from rlef_sandbox import SandboxFault
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def errors_in_one_line(command: _F) -> _F:
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ConfigError as error:
+            sys.exit(refuse(error))
+
+    return guarded  # type: ignore[return-value]
+
+
+def refuse(error: ValueError) -> int:
+    """Tell the user what to mend, once for the processes of a machine; the exit status."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        place = "" if os.environ.get("RANK", "0") == "0" else f"on {socket.gethostname()}: "
+        click.echo(f"rlef: error: {place}{error}", err=True)
+    return 2
+
+
+def require_writable(file: Path) -> None:
+    """Before minutes of work: the file's folder can be made, and written to."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--output {file} cannot be written ({error.strerror}); name another place"
+        ) from None
+
+
+def require_empty(output: Path) -> None:
+    """Before hours of work: the folder can be written, and nothing in it is lost."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        occupied = any(output.iterdir())
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written ({error.strerror}); name another folder") from None
+    if occupied:
+        raise ConfigError(f"{output} is not empty; name another folder")
+
+
+def check_inputs(config: Config) -> None:
+    """Read the model's shape, the dialog markers and the problem files, and start the sandbox once.
+
+    A `ConfigError` says what to mend.
+    """
+    from rlef.families import read_shape
+    from rlef.pretrained import StoredWeights, model_folder
+    from rlef.prompts import Dialog
+    from rlef.samplers import check_sampler
+    from rlef.shards import check_layout, check_weights
+
+    folder = model_folder(config.model.path)
+    shape = read_shape(folder)
+    check_weights(StoredWeights(folder), shape)
+    check_layout(shape, config.parallel, config.parallel.learners)
+    check_context(config, shape.max_position_embeddings)
+    check_sampler(config, shape)
+    Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
+    check_problems_and_executor(config)
+
+
+def check_problems_and_executor(config: Config) -> None:
+    from rlef import problems
+    from rlef.execution import open_executor, share_of_cores
+
+    problems.check(config)
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.processes))
+    share_of_cores(config.executor, os.sched_getaffinity(0), processes=processes_here, index=0)
+    try:
+        open_executor(config.executor, workers=1).close()
+    except (ValueError, SandboxFault) as error:
+        raise ConfigError(f"executor: {error}") from None

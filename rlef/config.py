@@ -131,6 +131,8 @@ class ExecutorConfig(Section):
     memory_cgroup: str = ""  # a cgroup's folder, below which memory is cut off at its limit
     cores: NonNegativeInt = 0  # of a machine, for the programs of all its processes; 0: no budget
     patience_s: PositiveFloat = 60.0  # beyond a test's wall limit, until a silent worker is replaced
+    cache_bytes: NonNegativeInt = 64 << 20  # of results that a process keeps for equal programs; 0: none
+    learn_order: bool = True  # private tests that failed most often first
 
 
 class RewardConfig(Section):

@@ -31,6 +31,7 @@ ValueLevel = Literal["turn", "token"]
 SamplerName = Literal["torch", "vllm"]
 Recompute = Literal["none", "full"]
 DType = Literal["float32", "bfloat16"]
+ProblemOrder = Literal["shuffled", "easy_first"]
 
 
 class ConfigError(ValueError):
@@ -96,6 +97,10 @@ class ProblemsConfig(Section):
     max_test_bytes: PositiveInt = (
         16 << 20
     )  # input and expected output of one test; a problem may hold 16 such
+    order: ProblemOrder = "shuffled"  # "easy_first": by solve rate or rating, in each round
+    skip_after_solved: NonNegativeInt = 0  # visits in a row, until a problem is left out; 0: never
+    skip_after_unsolved: NonNegativeInt = 0  # the same, of visits that did not solve it
+    skip_rounds: PositiveInt = 3  # through the problems, for which it is left out
 
 
 class RolloutConfig(Section):

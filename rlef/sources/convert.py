@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from rlef.config import ConfigError
 from rlef.files import replacing
-from rlef.problems import MAX_TESTS_PER_PROBLEM_BYTES, line_of, problem_of, read_jsonl
+from rlef.problems import MAX_TESTS_PER_PROBLEM_BYTES, line_of, problem_of, read_jsonl, statement_digest
 from rlef.records import Problem
 from rlef.sources import apps, code_contests, codeio, evalplus, human_eval, kattis, live_code_bench, verl
 from rlef.sources.common import Choices, Found, Maker, Reason, SetAside, problems_in
@@ -181,14 +180,9 @@ class _Statements:
         self._of_digest: dict[bytes, tuple[str, str]] = {}
 
     def add(self, problem: Problem, file: str) -> None:
-        self._of_digest.setdefault(_digest(problem.statement), (problem.id, file))
+        self._of_digest.setdefault(statement_digest(problem), (problem.id, file))
 
     def twin_of(self, problem: Problem) -> Duplicate | None:
-        if twin := self._of_digest.get(_digest(problem.statement)):
+        if twin := self._of_digest.get(statement_digest(problem)):
             return Duplicate(id=problem.id, of=twin[0], file=twin[1])
         return None
-
-
-def _digest(statement: str) -> bytes:
-    words = " ".join(statement.lower().split())
-    return hashlib.sha256(words.encode("utf-8")).digest()

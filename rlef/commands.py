@@ -26,6 +26,10 @@ def errors_in_one_line(command: _F) -> _F:
             return command(*args, **kwargs)
         except ConfigError as error:
             sys.exit(refuse(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            sys.exit(refuse(ConfigError(f"{error.filename}: {error.strerror}; see to it, and try again")))
 
     return guarded  # type: ignore[return-value]
 
@@ -57,11 +61,10 @@ def require_file(file: Path, what: str) -> None:
         raise ConfigError(f"{found}; give {what}")
 
 
-def require_other_file(output: Path, inputs: Sequence[Path]) -> None:
-    """What is read is not replaced by what is made of it."""
-    for path in inputs:
-        if output.exists() and path.exists() and output.samefile(path):
-            raise ConfigError(f"{output} is what is read; name another file to write")
+def require_other_file(output: Path, others: Sequence[Path]) -> None:
+    """What is written takes the place of nothing that is read, or written too."""
+    if output.resolve() in {path.resolve() for path in others}:
+        raise ConfigError(f"{output} is named twice; name another file to write")
 
 
 def require_empty(output: Path) -> None:

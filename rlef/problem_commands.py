@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,10 +81,9 @@ def convert_problems(
 
     if format_name not in FORMATS:
         raise ConfigError(f"there is no format {format_name!r}; use one of {', '.join(FORMATS)}")
-    for file in (output, report):
-        if file is not None:
-            require_other_file(file, (*inputs, *against))
-            require_writable(file)
+    for file in against:
+        require_file(file, _PROBLEM_FILE)
+    _require_places((output, report), but=(*inputs, *against))
     defaults = Config()
     choices = Choices(
         defaults=defaults.executor,
@@ -141,8 +140,7 @@ def check_problem_file(
     from rlef.problem_check import check_problems, summary, table
 
     require_file(file, _PROBLEM_FILE)
-    if output is not None:
-        require_writable(output)
+    _require_places((output,), but=(file,))
     problems = _problems_of(file, max_test_bytes)
     with _executor(workers, allow_missing) as executor:
         checks = list(check_problems(problems, executor, runs=runs, solutions=solutions))
@@ -208,10 +206,7 @@ def select_problems(
         )
     require_file(file, _PROBLEM_FILE)
     rates = rates_in(folders, temperature=temperature, turns=turns)
-    for made in (output, report):
-        if made is not None:
-            require_other_file(made, [file])
-            require_writable(made)
+    _require_places((output, report), but=(file,))
     selection = Selection(
         rates=rates,
         min_solve_rate=min_solve_rate,
@@ -257,9 +252,7 @@ def find_contaminated_problems(
 
     for file in (train, evaluation):
         require_file(file, _PROBLEM_FILE)
-    if output is not None:
-        require_other_file(output, [train, evaluation])
-        require_writable(output)
+    _require_places((output,), but=(train, evaluation))
     findings = list(
         find_contamination(
             _problems_of(train, max_test_bytes),
@@ -277,15 +270,28 @@ def find_contaminated_problems(
     sys.exit(bool(findings))
 
 
+def _require_places(outputs: Sequence[Path | None], *, but: Sequence[Path]) -> None:
+    """The files can be written, and are none that is read nor each other."""
+    named = list(but)
+    for output in outputs:
+        if output is not None:
+            require_other_file(output, named)
+            require_writable(output)
+            named.append(output)
+
+
 def _problems_of(file: Path, max_test_bytes: int | None) -> Iterator[Problem]:
+    """Raises ConfigError at its end, if there is none."""
     from rlef.problems import read_jsonl
 
     defaults = Config()
-    return read_jsonl(
-        file,
-        defaults=defaults.executor,
-        max_test_bytes=max_test_bytes or defaults.problems.max_test_bytes,
-    )
+    limit = max_test_bytes or defaults.problems.max_test_bytes
+    is_empty = True
+    for problem in read_jsonl(file, defaults=defaults.executor, max_test_bytes=limit):
+        yield problem
+        is_empty = False
+    if is_empty:
+        raise ConfigError(f"{file} holds no problem; put one JSON object on each line")
 
 
 def _executor(workers: int | None, allow_missing: tuple[str, ...]) -> Executor:

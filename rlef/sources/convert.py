@@ -106,9 +106,9 @@ def convert(
     twice gets a number.
 
     Raises:
-        ConfigError: a file is missing or broken as a whole.
+        ConfigError: a file is missing or broken as a whole, or no problem is usable.
     """
-    for path in (*inputs, *against):
+    for path in inputs:
         if not path.exists():
             raise ConfigError(f"{path}: there is no such file; name what was downloaded")
     made = Conversion()
@@ -143,7 +143,20 @@ def convert(
             file.write(line)
             made.written += 1
             made.flagged.update(problem.flags)
+        if not made.written:
+            raise ConfigError(_nothing_written(format_name, inputs, made))
     return made
+
+
+def _nothing_written(format_name: str, inputs: Sequence[Path], made: Conversion) -> str:
+    files = ", ".join(str(path) for path in inputs)
+    if not made.set_aside:
+        return f"{files}: no problem in it; give files of {format_name} with some"
+    first = made.set_aside[0]
+    return (
+        f"{files}: none of {len(made.set_aside)} problems can be used as {format_name}; the first is set "
+        f"aside, {first.reason}: {first.place} ({first.detail}); see whether it is of another format"
+    )
 
 
 def _outcomes(

@@ -13,10 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlef.cli import main
-from rlef.contamination import MIN_SHARED_TESTS, find_contamination
+from rlef.contamination import (
+    MIN_OVERLAP,
+    MIN_SHARED_TESTS,
+    MIN_SOLUTION_NODES,
+    MIN_WORDS,
+    N_GRAM_WORDS,
+    find_contamination,
+)
+from rlef.problem_commands import find_contaminated_problems
 from rlef.problems import write_jsonl
 from rlef.records import Problem
 from rlef_sandbox import Call, Test
+from tests.small_runs import ROOT
 
 STATEMENT = (
     "A farmer has a row of apple trees. Each tree bears a known number of apples. He picks all apples of "
@@ -159,3 +168,16 @@ def test_the_command_tells_each_pair_and_ends_with_status_1_if_there_is_one(tmp_
     write_jsonl(train, iter([problem("innocent", OTHER)]))
     assert CliRunner().invoke(main, arguments).exit_code == 0
     assert json.loads(output.read_text()) == []
+
+
+def test_the_document_and_the_command_have_the_limits_of_the_code() -> None:
+    text = " ".join((ROOT / "docs" / "problems.md").read_text(encoding="utf-8").split())
+    for said in (
+        f"n-grams of {N_GRAM_WORDS} words",
+        f"A statement of {MIN_WORDS} to {N_GRAM_WORDS - 1} words is one n-gram",
+        f"if they are {MIN_SHARED_TESTS} or more",
+        f"at least {MIN_SOLUTION_NODES} nodes",
+    ):
+        assert said in text
+    options = find_contaminated_problems.make_context("contamination", ["a", "b"]).params
+    assert (options["words"], options["min_overlap"]) == (N_GRAM_WORDS, MIN_OVERLAP)

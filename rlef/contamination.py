@@ -100,7 +100,8 @@ class _Index:
         for place, shared in sorted(_shared(self._tests, _tests_of(problem)).items()):
             if shared == self._num_tests[place] >= MIN_SHARED_TESTS:
                 yield self._finding(place, problem, "tests", 1.0, f"all of its {shared} tests")
-        for place in sorted(_shared(self._solutions, self._wanted_solutions(problem))):
+        solutions = _solutions_of(problem) if self._solutions else set()
+        for place in sorted(_shared(self._solutions, solutions)):
             yield self._finding(place, problem, "solution", 1.0, "one with the same syntax tree")
 
     def _shared_grams(self, problem: Problem) -> dict[int, int]:
@@ -109,9 +110,6 @@ class _Index:
         for length, of_length in self._grams.items():
             found |= _shared(of_length, _grams_of(words, length))  # no problem is in two of them
         return found
-
-    def _wanted_solutions(self, problem: Problem) -> set[bytes]:
-        return _solutions_of(problem) if self._solutions else set()
 
     def _finding(
         self, place: int, problem: Problem, evidence: Evidence, overlap: float, detail: str

@@ -8,14 +8,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rlef.commands import errors_in_one_line, require_file, require_other_file, require_writable
 from rlef.config import Config, ConfigError
 from rlef.files import write_text
-from rlef.records import Problem
 from rlef_sandbox import Executor, SandboxFault
+
+if TYPE_CHECKING:
+    from rlef.records import Problem  # which imports torch
 
 
 @click.group("problems")
@@ -266,7 +269,7 @@ def find_contaminated_problems(
     for finding in findings:
         click.echo(f"{finding.eval_id} ~ {finding.train_id}: {finding.evidence}: {finding.detail}")
     of_eval = len({finding.eval_id for finding in findings})
-    click.echo(f"{of_eval} problems of {evaluation} have something of {train}")
+    click.echo(f"{of_eval} problems of {evaluation} are in {train}, whole or in part")
     sys.exit(bool(findings))
 
 

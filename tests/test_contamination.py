@@ -154,7 +154,7 @@ def test_the_command_tells_each_pair_and_ends_with_status_1_if_there_is_one(tmp_
     assert result.exit_code == 1
     assert result.stdout.splitlines() == [
         "asked ~ copy: statement: the same but for case and blanks",
-        f"1 problems of {asked} have something of {train}",
+        f"1 problems of {asked} are in {train}, whole or in part",
     ]
     assert json.loads(output.read_text()) == [
         {

@@ -171,7 +171,8 @@ class SparingExecutor(Executor):
 
 
 def _ordered(job: Job, order: Sequence[int]) -> Job:
-    return replace(job, tests=[job.tests[index] for index in order])
+    tests = [job.tests[index] for index in order]
+    return replace(job, tests=tests)  # type: ignore[arg-type]  # of one kind, as the job's are
 
 
 class LearnedOrders:

@@ -31,6 +31,7 @@ ValueLevel = Literal["turn", "token"]
 SamplerName = Literal["torch", "vllm"]
 Recompute = Literal["none", "full"]
 DType = Literal["float32", "bfloat16"]
+DialectChoice = Literal["own", "code_contests"]
 
 
 class ConfigError(ValueError):
@@ -96,6 +97,7 @@ class ProblemsConfig(Section):
     max_test_bytes: PositiveInt = (
         16 << 20
     )  # input and expected output of one test; a problem may hold 16 such
+    dialect: DialectChoice = "own"  # of feedback: each problem's own, or one for all, without stubs
 
 
 class RolloutConfig(Section):
@@ -251,11 +253,6 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"rollout.temperature = {config.rollout.temperature} and rollout.top_p = {config.rollout.top_p}: "
             "the policy is trained on what it samples untempered, so both must be 1 (evaluation has its own)"
-        )
-    if config.rollout.feedback == "random" and (config.rollout.overlap or config.rollout.max_staleness):
-        raise ConfigError(
-            "rollout.feedback = 'random' takes what other programs of the same turn were told, so it needs "
-            "rollout.overlap = false and rollout.max_staleness = 0"
         )
     _check_evaluation(config.evaluation)
     episodes, updates = config.rollout.episodes_per_step, config.ppo.updates_per_step

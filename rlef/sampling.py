@@ -33,6 +33,7 @@ from rlef.rollout import collect as collect_in_lockstep
 from rlef.samplers import build_sampler
 from rlef.stopping import StopRequest
 from rlef.streaming import collect_overlapped, merged
+from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
 from rlef.words import Words
 
 
@@ -104,6 +105,8 @@ class OwnRollouts:
         self._problems = sources.load(config, "train")
         self._origin = 0  # where in them step 0 began
         self._eval_problems = sources.load(config, "eval")
+        self._unrelated = unrelated_feedback(self._problems, config.rollout)
+        self._unrelated_held_out = unrelated_feedback(self._eval_problems, config.rollout)
         self._executor = stack.enter_context(open_executor(config.executor))
         self._asynchronous: AsynchronousRollouts | None = None  # until `start`
         self._device = job.device
@@ -140,12 +143,13 @@ class OwnRollouts:
         **settings: Unpack[EvaluationSettings],
     ) -> Collection:
         """This process's share. Meanwhile training episodes wait."""
-        overlap = self._config.rollout.overlap and settings["feedback"] != "random"
+        unrelated = self._unrelated_held_out
+        overlap = self._config.rollout.overlap and (settings["feedback"] != "random" or unrelated is not None)
         with nullcontext() if self._asynchronous is None else self._asynchronous.paused():
             return (collect_overlapped if overlap else collect_in_lockstep)(
                 problems[self._index :: self._of],
                 numbers=numbers[self._index :: self._of],
-                **self._settings(**settings),
+                **self._settings(**settings, unrelated=unrelated),
             )
 
     def evaluate_held_out(
@@ -181,9 +185,15 @@ class OwnRollouts:
             max_tokens=rollout.max_response_tokens,
             seed=self._config.run.seed,
         )
-        return self._settings(params, rollout.turns, rollout.feedback)
+        return self._settings(params, rollout.turns, rollout.feedback, self._unrelated)
 
-    def _settings(self, params: SamplingParams, turns: int, feedback: FeedbackKind) -> CollectSettings:
+    def _settings(
+        self,
+        params: SamplingParams,
+        turns: int,
+        feedback: FeedbackKind,
+        unrelated: UnrelatedFeedback | None,
+    ) -> CollectSettings:
         return CollectSettings(
             sampler=self._sampler,
             executor=self._executor,
@@ -192,6 +202,7 @@ class OwnRollouts:
             params=params,
             turns=turns,
             feedback=feedback,
+            unrelated=unrelated,
         )
 
 

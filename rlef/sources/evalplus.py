@@ -53,6 +53,8 @@ def problem_of_row(row: Fields, choices: Choices, executor: Executor | None) -> 
         function=entry_point,
         prelude="" if is_mbpp else prelude_of(prompt, entry_point),
         starter_code="" if is_mbpp else prompt,
+        dialect="evalplus",
+        stub="" if is_mbpp else prompt,
     )
     return _with_expected(problem, row, [*base, *plus], is_mbpp, choices, executor)
 

@@ -38,6 +38,8 @@ def problem_of_row(row: Fields, choices: Choices, _executor: Executor | None) ->
         solutions=(prompt + text_field(row, "canonical_solution"),),
         prelude=prelude_of(prompt, entry_point),
         starter_code=prompt,
+        dialect="evalplus",
+        stub=prompt,
     )
 
 

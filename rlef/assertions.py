@@ -39,7 +39,8 @@ def remembering(code: str) -> ast.Module:
     """The tests in `code`, whose assertions remember what feedback can show.
 
     Raises:
-        SyntaxError, ValueError, RecursionError, MemoryError: as `compile` does.
+        SyntaxError, ValueError: as `compile` does.
+        RecursionError, MemoryError: it is nested too deep.
     """
     tree = _Remembering().visit(ast.parse(code, TEST_FILE))
     assert isinstance(tree, ast.Module)
@@ -132,7 +133,7 @@ def told_failure(error: BaseException, frames: TracebackType | None) -> str:
         if value is not none:
             label = text if len(text) <= _MAX_LABEL_CHARACTERS else text[:_MAX_LABEL_CHARACTERS] + _CUT_MARK
             lines.append(f"{label} is {text_of(value)}")
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))
 
 
 def text_of(value: Any, room: int = _MAX_CHARACTERS) -> str:
@@ -148,7 +149,7 @@ def text_of(value: Any, room: int = _MAX_CHARACTERS) -> str:
         return _text_of_items(value, room)
     try:
         text = " ".join(repr(value).splitlines())
-    except Exception:  # noqa: BLE001  it is the program's own
+    except (Exception, SystemExit):  # noqa: BLE001  it is the program's own
         return f"<{kind.__name__}>"
     return text if len(text) <= room else text[:room] + _CUT_MARK
 

@@ -7,6 +7,7 @@ its end; a failing one comes with the values of its sides. tests/golden/ shows w
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from rlef_sandbox import Call, Checker, Result, Verdict
 TESTS_OPENING = "Your code does not pass all of these tests:"
 FAILED_HEADING = "\n- failed: "
 PASSED_HEADING = "\n- passed: "
+FAILED_AT = "it failed at: "
 
 
 def message_after(
@@ -68,8 +70,8 @@ def _failed_bullet(problem: Problem, test: ProblemTest, result: Result, max_char
         return head + _value_line(problem, test, result, max_characters)
     if told := told_values(result):
         source, *sides = told
-        is_whole = isinstance(test, Assertion) and test.code.strip().startswith("assert ")
-        lines = sides if is_whole else [source, *sides]
+        is_whole = isinstance(test, Assertion) and ast.unparse(ast.parse(test.code)) == source
+        lines = sides if is_whole else [FAILED_AT + source, *sides]
         return head + "\n" + cut("\n".join(lines), max_characters)
     return head + prompts.TRACE_HEADING + prompts.shorten_trace(result.stderr, max_characters=max_characters)
 

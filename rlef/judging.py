@@ -80,9 +80,13 @@ def telling_hook(kind, error, frames):
 
 
 def execute_and_tell(code, passed):
-    compiled(code, "exec")
+    test = compiled(code, "exec")
     sys.excepthook = telling_hook
-    exec(compile(remembering(code), TEST_FILE, "exec"), PROGRAM)
+    try:
+        test = compile(remembering(code), TEST_FILE, "exec")
+    except (RecursionError, MemoryError):
+        pass  # as it stands, then
+    exec(test, PROGRAM)
     return passed
 """
 _APPENDED = """

@@ -35,9 +35,9 @@ def test_feedback_lists_assertions_and_the_prompt_begins_each_answer(
     human_eval = found("humaneval", examples.json_lines(tmp_path / "H.jsonl", examples.HUMAN_EVAL_ROWS))
     path = examples.json_lines(tmp_path / "P.jsonl", [examples.HUMAN_EVAL_PLUS_ROW])
     for problem in (*human_eval, *found("humanevalplus", path, executor)):
-        assert (problem.dialect, problem.stub) == ("evalplus", problem.starter_code)
+        assert (problem.dialect, problem.stub) == ("evalplus", problem.starter_code.lstrip("\n"))
         assert problem.stub.strip() in problem.statement  # for models that are not begun with it
-        body = problem.solutions[0].removeprefix(problem.stub)
+        body = problem.solutions[0].lstrip("\n").removeprefix(problem.stub)
         assert examples.passes(executor, problem, extract_code(f"{body}```\n", stub=problem.stub) or "")
     path = examples.json_lines(tmp_path / "M.jsonl", [examples.MBPP_PLUS_ROW])
     (mbpp_plus,) = found("mbppplus", path, executor)

@@ -64,7 +64,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "unrelated",
         }
     ),
-    frozenset({"problem_check", "sources", "weights"}),
+    frozenset({"megatron_model", "problem_check", "sources", "weights"}),
     frozenset(
         {
             "bridge",
@@ -102,7 +102,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 
 # Every other file must do without these.
 DOORS = {
-    "megatron": {"megatron_policy", "megatron_cpu", "weights"},
+    "megatron": {"megatron_policy", "megatron_model", "megatron_cpu", "weights"},
     "vllm": {"vllm_sampler"},
     "flash_attn": {"attention"},
     "gguf": {"gguf_import"},

@@ -72,7 +72,10 @@ def literal(value):
 _TELLING_RUNNER = """
 
 def telling_hook(kind, error, frames):
-    told = told_failure(error, frames)
+    try:
+        told = told_failure(error, frames)
+    except (Exception, SystemExit):
+        told = ""
     if told:
         print(told, file=sys.stderr)
     else:
@@ -84,8 +87,8 @@ def execute_and_tell(code, passed):
     sys.excepthook = telling_hook
     try:
         test = compile(remembering(code), TEST_FILE, "exec")
-    except (RecursionError, MemoryError):
-        pass  # as it stands, then
+    except Exception:
+        pass  # nested too deep, or the program has changed what this needs: as it stands, then
     exec(test, PROGRAM)
     return passed
 """

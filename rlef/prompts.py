@@ -172,6 +172,7 @@ def _bullet(item: FailedTest, max_characters: int) -> str:
 
 
 def cut(text: str, max_characters: int) -> str:
+    """The beginning of a text, marked where it was longer; without the line ends at its end."""
     text = text.rstrip("\n")
     return text if len(text) <= max_characters else text[:max_characters] + CUT_MARK
 

@@ -209,6 +209,8 @@ def test_a_failed_assertion_tells_the_values_of_its_sides(executor: Executor) ->
         "AssertionError = KeyError",
         "AssertionError = 7",
         "import sys; sys.excepthook = print",
+        "import ast; ast.parse = ast.unparse = ast.walk = 7",
+        "import sys; sys.setrecursionlimit(60)",
         "hasattr = getattr = repr = compile = exec = type = dict = 7",
         "rlef_1 = rlef_none = rlef_error = rlef_run = told_failure = remembering = text_of = 7",
         "class Odd(int):\n    def __repr__(self): exit(0)\nf = Odd",

@@ -70,6 +70,9 @@ class Problem:
     flags: tuple[ProblemFlag, ...] = ()
     difficulty: str = ""  # in the source's own words
     rating: int | None = None
+    solve_rate: float | None = (
+        None  # of some model's dialogs about it, as `rlef problems select` has measured
+    )
     dialect: FeedbackDialect = "code_contests"
     stub: str = ""  # what the code of every response begins with; prefilled, so the policy is not charged
 

@@ -64,7 +64,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "unrelated",
         }
     ),
-    frozenset({"megatron_model", "problem_check", "sources", "weights"}),
+    frozenset({"contamination", "curriculum", "megatron_model", "problem_check", "sources", "weights"}),
     frozenset(
         {
             "bridge",
@@ -92,7 +92,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "streaming",
         }
     ),
-    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
+    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "selection", "standalone"}),
     frozenset({"sampling"}),
     frozenset({"commands", "train"}),
     frozenset({"problem_commands"}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -116,10 +115,7 @@ class _Model:
         ).episodes
 
     def transcripts(self, problems: Sequence[Problem], **settings: Any) -> list[Transcript]:
-        started = time.monotonic()
-        episodes = self.episodes(problems, **settings)
-        share = (time.monotonic() - started) / len(episodes)
-        return [of_episode(episode, self.dialog, seconds=share) for episode in episodes]
+        return [of_episode(episode, self.dialog) for episode in self.episodes(problems, **settings)]
 
 
 @contextmanager

@@ -148,7 +148,7 @@ def test_dialogs_with_a_lower_limit_are_the_beginnings_of_those_with_a_higher_on
             turns=turns,
             feedback=feedback,
         ).episodes
-        return [of_episode(episode, dialog, seconds=0.0) for episode in episodes]
+        return [of_episode(episode, dialog) for episode in episodes]
 
     with (
         closing(TorchSampler(shape, end_token_id=dialog.end_token_id, slots=8)) as sampler,

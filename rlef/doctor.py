@@ -137,16 +137,28 @@ def memory(config: Config) -> Iterator[Finding]:
     workers = config.executor.workers or len(os.sched_getaffinity(0))
     wanted = config.parallel.processes * MEMORY_OF_A_PROCESS
     wanted += workers * config.executor.default_memory_limit_bytes
-    found = f"{_size(free)} free; {config.parallel.processes} processes and {workers} programs may want {{}}"
+    takers = f"{config.parallel.processes} processes, {workers} programs"
+    mend = "lower executor.workers or executor.default_memory_limit_bytes"
+    if config.checkpoint.asynchronous:
+        wanted += _checkpoint_copy(config)
+        takers += ", the copy of a checkpoint"
+        mend += ", set checkpoint.asynchronous=false"
+    found = f"{_size(free)} free; {takers}: may want {_size(wanted)}"
     if free >= wanted:
-        yield Finding.good("memory", found.format(_size(wanted)))
+        yield Finding.good("memory", found)
         return
     yield Finding(
         level=Level.WARNING,
         subject="memory",
-        found=found.format(_size(wanted)),
-        mend="lower executor.workers or executor.default_memory_limit_bytes, or free memory",
+        found=found,
+        mend=f"{mend}, or free memory",
     )
+
+
+def _checkpoint_copy(config: Config) -> int:
+    """Bytes of what this machine's processes hold in memory until it is on the disk."""
+    here = torch.cuda.device_count() if spans_nodes(config) else config.parallel.processes
+    return checkpoint_bytes(config) * here // config.parallel.processes
 
 
 def _available_memory() -> int:

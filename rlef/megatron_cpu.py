@@ -4,7 +4,7 @@ Nothing in `torch` is changed. In a few modules of megatron-core the *name* `tor
 that passes everything through, except that "cuda" means the CPU: all that it changes could only raise on a
 machine without CUDA. Two functions are replaced, those for the state of CUDA's random numbers, and while an
 optimiser is built, parameters name their type as on CUDA. What else a CPU needs is a setting in
-`megatron_policy`.
+`megatron_model`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from rlef.records import Episode
 from rlef.rollout import Collection
 from rlef.run_folder import RunFolder, open_run_folder
 from rlef.sampling import OwnRollouts
+from rlef.stopping import StopRequest
 from tests.small_runs import small_config
 
 
@@ -30,13 +31,15 @@ def run(config: Config, folder: RunFolder, fault: str) -> int:
         torch.zeros(1 << 50)
         return learn(self, episodes, train_policy=train_policy)
 
-    def sleep(*_: object) -> Collection:
+    def sleep(*_: object, **_by_name: object) -> Collection:
         time.sleep(3600)
         raise AssertionError("it has outlived its run")
 
     if os.environ["RANK"] == "1":
         if fault == "memory":
             Learner.step = learn_with_a_fault  # type: ignore[method-assign]
+        elif fault == "pause":
+            StopRequest.agreed = sleep  # type: ignore[assignment, method-assign]
         else:
             OwnRollouts.collect = sleep  # type: ignore[assignment, method-assign]
     return cli._train(config, folder)

@@ -226,6 +226,10 @@ def test_a_command_that_meets_a_fault_says_one_line_and_ends_with_1(
             "sleep",
             "rank 0 on {host}: waited in vain while sharing the episodes of step 1 (parallel.timeout_s = 4",
         ),
+        (
+            "pause",
+            "rank 0 on {host}: waited in vain while agreeing whether to go on (parallel.timeout_s = 4",
+        ),
     ],
 )
 def test_a_fault_of_one_process_ends_the_others_of_its_run(

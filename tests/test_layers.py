@@ -52,7 +52,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
-    frozenset({"problem_check", "sources", "weights"}),
+    frozenset({"megatron_model", "problem_check", "sources", "weights"}),
     frozenset(
         {
             "bridge",
@@ -90,7 +90,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 
 # Every other file must do without these.
 DOORS = {
-    "megatron": {"megatron_policy", "megatron_cpu", "weights"},
+    "megatron": {"megatron_policy", "megatron_model", "megatron_cpu", "weights"},
     "vllm": {"vllm_sampler"},
     "flash_attn": {"attention"},
     "gguf": {"gguf_import"},

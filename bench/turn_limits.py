@@ -27,12 +27,12 @@ from typing import Any
 
 from bench.learning import run
 from rlef.evaluation_folder import FIGURES_FILE, read_ended, read_json
-from rlef.transcripts import Transcript
+from rlef.transcripts import Transcript, TranscriptTurn
 
 SEED = "seed 1"
 TURN_LIMITS = (1, 3, 5, 10)
 LENGTHS = {"max_prompt_tokens": 32, "max_response_tokens": 40, "max_feedback_tokens": 64}
-SHOWN_TURNS = (1, 2, 3, 5, 10)  # of the outcomes
+SHOWN_TURNS = (1, 2, 3, 5, 10)
 
 Cell = dict[str, Any]
 
@@ -65,18 +65,32 @@ def evaluated(config: Path, folder: Path, model: str, *, problems: int, rollouts
     return cells
 
 
-def lengths(folder: Path) -> dict[str, float]:
-    """Shares of what reached its limit, and so may have been cut, and the longest dialog in tokens."""
+def lengths(folder: Path) -> dict[str, Any]:
+    """Shares of what reached its limit, and so may have been cut, and the longest dialog in tokens.
+
+    Responses by turn as well: those of a model that rambles in long dialogs are cut late, those of limits that
+    are too low from the first turn on.
+    """
     dialogs = [dialog for drawn in read_ended(folder).drawn.values() for dialog in drawn]
     turns = [turn for dialog in dialogs for turn in dialog.turns]
     told = [tokens for dialog in dialogs for tokens in feedback_tokens(dialog)]
     prompts = [dialog.turns[0].prompt_tokens for dialog in dialogs]
     return {
         "prompts at the limit": share([tokens == LENGTHS["max_prompt_tokens"] for tokens in prompts]),
-        "responses cut": share([turn.finish_reason == "length" for turn in turns]),
+        "responses cut": cut_responses(turns),
+        "responses cut by turn": {
+            place: cut_responses(
+                [dialog.turns[place - 1] for dialog in dialogs if len(dialog.turns) >= place]
+            )
+            for place in SHOWN_TURNS
+        },
         "feedback at the limit": share([tokens == LENGTHS["max_feedback_tokens"] for tokens in told]),
         "longest dialog": max((turn.prompt_tokens or 0) + (turn.response_tokens or 0) for turn in turns),
     }
+
+
+def cut_responses(turns: Sequence[TranscriptTurn]) -> float | None:
+    return share([turn.finish_reason == "length" for turn in turns]) if turns else None
 
 
 def feedback_tokens(dialog: Transcript) -> list[int]:
@@ -174,7 +188,7 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def show(models: dict[str, list[Cell]], cut: dict[str, dict[str, float]]) -> None:
+def show(models: dict[str, list[Cell]], cut: dict[str, dict[str, Any]]) -> None:
     for title, text_of in {
         "Solved by one dialog, by its turn limit (95 % intervals)": solved_by_one_dialog,
         "Solved by three responses: 1@3": solved_by_three_responses,

@@ -66,16 +66,20 @@ def evaluated(config: Path, folder: Path, model: str, *, problems: int, rollouts
 
 
 def lengths(folder: Path) -> dict[str, Any]:
-    """Shares of what reached its limit, and so may have been cut, and the longest dialog in tokens.
+    """Shares of what reached its limit, and so may have been cut, and the longest of each kind, in tokens.
 
-    Responses by turn as well: those of a model that rambles in long dialogs are cut late, those of limits that
-    are too low from the first turn on.
+    Responses by turn as well: a limit that is too low cuts from the first turn on, a model that rambles in
+    long dialogs is cut late.
     """
     dialogs = [dialog for drawn in read_ended(folder).drawn.values() for dialog in drawn]
     turns = [turn for dialog in dialogs for turn in dialog.turns]
     told = [tokens for dialog in dialogs for tokens in feedback_tokens(dialog)]
-    prompts = [dialog.turns[0].prompt_tokens for dialog in dialogs]
+    prompts = [dialog.turns[0].prompt_tokens or 0 for dialog in dialogs]
     return {
+        "longest prompt": max(prompts),
+        "longest response that solved": max(
+            (dialog.turns[-1].response_tokens or 0 for dialog in dialogs if dialog.solved), default=None
+        ),
         "prompts at the limit": share([tokens == LENGTHS["max_prompt_tokens"] for tokens in prompts]),
         "responses cut": cut_responses(turns),
         "responses cut by turn": {

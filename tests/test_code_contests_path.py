@@ -68,21 +68,25 @@ def row_of(problem: Problem) -> examples.Row:
 
 @dataclass(frozen=True)
 class Walked:
-    """What the commands left and said."""
+    """What the commands left."""
 
     folder: Path
-    said: dict[str, str]
 
     def json(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text())
 
     def dialogs(self, evaluation: str, kind: str) -> list[Any]:
-        """(number, responses, outcomes, solved) of each; the ids of problems differ between the sources."""
+        """All of each but its tokens and seconds."""
         found = read_transcripts(
             self.folder / evaluation / "transcripts" / f"{kind}-temperature-1-top-p-1.jsonl"
         )
         return [
-            (dialog.number, [(turn.response, turn.outcome) for turn in dialog.turns], dialog.solved)
+            (
+                dialog.problem_id,
+                dialog.number,
+                [(turn.response, turn.code, turn.outcome) for turn in dialog.turns],
+                dialog.solved,
+            )
             for dialog in found
         ]
 
@@ -98,12 +102,10 @@ class Walked:
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
     folder = tmp_path_factory.mktemp("code-contests")
-    said: dict[str, str] = {}
 
-    def rlef(name: str, *arguments: str) -> None:
-        result = CliRunner(env={"COLUMNS": "200"}).invoke(main, list(arguments))
-        assert result.exit_code == 0, (name, result.output, result.exception)
-        said[name] = result.output
+    def rlef(*arguments: str) -> None:
+        result = CliRunner().invoke(main, list(arguments))
+        assert result.exit_code == 0, (arguments, result.output, result.exception)
 
     rows = {split: [row_of(problem) for problem in originals] for split, originals in ORIGINALS.items()}
     rows["train"].insert(
@@ -115,10 +117,8 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
         options = ["--generated-tests", "--report", str(folder / f"{split}-report.json")]
         if split == "test":
             options += ["--against", str(folder / "train.jsonl")]
-        rlef(f"convert {split}", "problems", "convert", "codecontests", str(published), str(made), *options)
-        rlef(
-            f"check {split}", "problems", "check", str(made), "--output", str(folder / f"{split}-check.json")
-        )
+        rlef("problems", "convert", "codecontests", str(published), str(made), *options)
+        rlef("problems", "check", str(made), "--output", str(folder / f"{split}-check.json"))
     settings = (
         str(ROOT / "configs" / "tiny.toml"),
         f"problems.train={folder / 'train.jsonl'}",
@@ -126,24 +126,22 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
         f"problems.eval_size={TEST_SIZE}",  # of the embedded source
     )
     rlef(
-        "train",
         *("train", *settings, f"run.output_dir={folder}", "run.name=run", f"run.steps={STEPS}"),
         *("parallel.processes=2", f"rollout.episodes_per_step={EPISODES}", "ppo.value_warmup_steps=0"),
     )
-    rlef("export", "export", str(folder / "run"), str(folder / "policy"))
+    rlef("export", str(folder / "run"), str(folder / "policy"))
     for name, more in {
         "start": ("model.path=embedded",),
         "policy": (f"model.path={folder / 'policy'}",),
         "twin": ("model.path=embedded", "problems.eval=hidden_conventions:heldout"),
     }.items():
         rlef(
-            f"eval {name}",
             *("eval", *settings, *more, "--episodes", str(folder / f"eval-{name}")),
             *("evaluation.turn_limits=1,3", "evaluation.budgets=[{n=1,k=1,temperature=1.0,top_p=1.0}]"),
         )
     evaluations = str(folder / "eval-start"), str(folder / "eval-policy")
-    rlef("compare", "compare", *evaluations, "--output", str(folder / "differences.json"))
-    return Walked(folder=folder, said=said)
+    rlef("compare", *evaluations, "--output", str(folder / "differences.json"))
+    return Walked(folder)
 
 
 def test_the_files_become_the_problems_that_they_were_made_from(walked: Walked) -> None:

@@ -28,6 +28,21 @@ class SamplingParams:
     seed: int
 
 
+class Play(Protocol[Dialog_co]):
+    """One dialog per problem, in their order, as an `Episode` or a `Transcript`; `numbers` key their random
+    numbers. Where a job has several processes it is collective: all call it, and get all dialogs."""
+
+    def __call__(
+        self,
+        problems: Sequence[Problem],
+        *,
+        numbers: Sequence[int],
+        params: SamplingParams,
+        turns: int,
+        feedback: FeedbackKind,
+    ) -> Sequence[Dialog_co]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One response to sample, after `token_ids`.
@@ -195,18 +210,3 @@ class Networks:
     reference: Network
     value: Network
     parallel: ParallelState
-
-
-class Play(Protocol[Dialog_co]):
-    """One dialog per problem, in their order, as an `Episode` or a `Transcript`; `numbers` key their random
-    numbers. Where a job has several processes it is collective: all call it, and get all dialogs."""
-
-    def __call__(
-        self,
-        problems: Sequence[Problem],
-        *,
-        numbers: Sequence[int],
-        params: SamplingParams,
-        turns: int,
-        feedback: FeedbackKind,
-    ) -> Sequence[Dialog_co]: ...

@@ -52,7 +52,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
-    frozenset({"megatron_model", "problem_check", "sources", "weights"}),
+    frozenset({"contamination", "curriculum", "megatron_model", "problem_check", "sources", "weights"}),
     frozenset(
         {
             "bridge",
@@ -80,7 +80,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "streaming",
         }
     ),
-    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
+    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "selection", "standalone"}),
     frozenset({"sampling"}),
     frozenset({"commands", "train"}),
     frozenset({"problem_commands"}),

@@ -33,6 +33,7 @@ from rlef.samplers import build_sampler
 from rlef.served_rollouts import collect_served
 from rlef.shards import stage_weights
 from rlef.transcripts import Transcript, of_episode
+from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
 from rlef_sandbox import Executor
 
 SOURCE = "source"
@@ -54,8 +55,9 @@ _OTHER_FILES = (
 
 def evaluate_model(config: Config) -> dict[str, Any]:
     """The four conditions on `problems.eval`, in this process alone; figures as in `summary.json`."""
-    with _model(config) as model:
-        evaluation = evaluate(sources.load(config, "eval"), rollouts=model.episodes, config=config)
+    problems = sources.load(config, "eval")
+    with _model(config, problems) as model:
+        evaluation = evaluate(problems, rollouts=model.episodes, config=config)
     return summarise(evaluation)
 
 
@@ -74,7 +76,7 @@ def evaluate_matrix(config: Config, path: Path, *, note: Callable[[str], None]) 
     drawn = {draw: folder.read(draw, problems) for draw in draws_of(config.evaluation)}
     missing = [draw for draw, kept in drawn.items() if len(kept) < draw.rollouts * len(problems)]
     if missing:
-        with (_server if is_served else _transcribed_model)(config) as play:
+        with (_server if is_served else _transcribed_model)(config, problems) as play:
             for draw in missing:
                 folder.complete(
                     draw,
@@ -103,6 +105,7 @@ class _Model:
     executor: Executor
     dialog: Dialog
     rollout: RolloutConfig
+    unrelated: UnrelatedFeedback | None
 
     def episodes(self, problems: Sequence[Problem], **settings: Any) -> Sequence[Episode]:
         return collect(
@@ -111,6 +114,7 @@ class _Model:
             executor=self.executor,
             dialog=self.dialog,
             settings=self.rollout,
+            unrelated=self.unrelated,
             **settings,
         ).episodes
 
@@ -119,7 +123,7 @@ class _Model:
 
 
 @contextmanager
-def _model(config: Config) -> Iterator[_Model]:
+def _model(config: Config, problems: Sequence[Problem]) -> Iterator[_Model]:
     folder = model_folder(config.model.path)
     shape, weights = read_pretrained(folder)
     dialog = Dialog.read(folder, config.rollout)
@@ -128,19 +132,31 @@ def _model(config: Config) -> Iterator[_Model]:
         open_executor(config.executor) as executor,
     ):
         sampler.push(weights.items(), version=0)
-        yield _Model(sampler=sampler, executor=executor, dialog=dialog, rollout=config.rollout)
+        yield _Model(
+            sampler=sampler,
+            executor=executor,
+            dialog=dialog,
+            rollout=config.rollout,
+            unrelated=unrelated_feedback(problems, config.rollout),
+        )
 
 
 @contextmanager
-def _transcribed_model(config: Config) -> Iterator[Play[Transcript]]:
-    with _model(config) as model:
+def _transcribed_model(config: Config, problems: Sequence[Problem]) -> Iterator[Play[Transcript]]:
+    with _model(config, problems) as model:
         yield model.transcripts
 
 
 @contextmanager
-def _server(config: Config) -> Iterator[Play[Transcript]]:
+def _server(config: Config, problems: Sequence[Problem]) -> Iterator[Play[Transcript]]:
     with closing(ChatServer(config.server)) as server, open_executor(config.executor) as executor:
-        yield functools.partial(collect_served, server=server, executor=executor, settings=config.rollout)
+        yield functools.partial(
+            collect_served,
+            server=server,
+            executor=executor,
+            settings=config.rollout,
+            unrelated=unrelated_feedback(problems, config.rollout),
+        )
 
 
 def export_policy(config: Config, folder: RunFolder, output: Path, *, dtype: str, max_file_bytes: int) -> int:

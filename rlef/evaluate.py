@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from rlef.analysis import (
 )
 from rlef.config import Config, FeedbackKind, RewardConfig
 from rlef.files import write_text
-from rlef.ports import SamplingParams
+from rlef.ports import Play, SamplingParams
 from rlef.prompts import Dialog, begun_text
 from rlef.records import Episode, Problem
 from rlef.report import DialogExample, Message
@@ -55,20 +55,6 @@ _FEEDBACK: Mapping[str, FeedbackKind] = {
 CONDITIONS = tuple(_FEEDBACK)
 SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training draws
 _BROWSED = ("true_feedback", "random_feedback")  # conditions whose dialogs go into the report
-
-
-class Rollouts(Protocol):
-    """One episode per problem, in their order. Collective: every rank calls it, and gets all episodes."""
-
-    def __call__(
-        self,
-        problems: Sequence[Problem],
-        *,
-        numbers: Sequence[int],
-        params: SamplingParams,
-        turns: int,
-        feedback: FeedbackKind,
-    ) -> Sequence[Episode]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +88,7 @@ class Evaluation:
 def evaluate(
     problems: Sequence[Problem],
     *,
-    rollouts: Rollouts,
+    rollouts: Play[Episode],
     config: Config,
     samples: int = 24,
 ) -> Evaluation:

@@ -11,34 +11,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
-from rlef.config import Config, ConfigError, EvaluationConfig, FeedbackKind
+from rlef.config import Config, ConfigError, EvaluationConfig
 from rlef.files import write_text
 from rlef.measurement import Cell, Draw, draws_of
-from rlef.ports import SamplingParams
+from rlef.ports import Play, SamplingParams
 from rlef.records import Problem
 from rlef.transcripts import Transcript, append_transcripts, read_transcripts
 from rlef.unrelated import kind_of_random_feedback
 
 IDENTITY_FILE = "identity.json"
 FIGURES_FILE = "evaluation.json"
-
-
-class Play(Protocol):
-    """One dialog per problem, in their order; `numbers` key their random numbers."""
-
-    def __call__(
-        self,
-        problems: Sequence[Problem],
-        *,
-        numbers: Sequence[int],
-        params: SamplingParams,
-        turns: int,
-        feedback: FeedbackKind,
-    ) -> list[Transcript]: ...
 
 
 def identity_of(config: Config, problems: Sequence[Problem], *, weights: str | None) -> dict[str, Any]:
@@ -116,7 +102,7 @@ class EvaluationFolder:
         problems: Sequence[Problem],
         transcripts: list[Transcript],
         *,
-        play: Play,
+        play: Play[Transcript],
         params: SamplingParams,
         batch: int,
         note: Callable[[str], None],

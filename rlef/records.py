@@ -5,7 +5,7 @@ They are named in the order in which data meets them: Problem, Turn, Episode, Ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -108,6 +108,7 @@ class Turn:
     code: str | None  # None when no program could be found in the response
     outcome: TurnOutcome
     public_results: tuple[Result, ...]
+    seconds: float = field(default=0.0, compare=False)  # its share of the wall-clock time, where it is taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

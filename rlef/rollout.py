@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NotRequired, TypedDict
 
 import torch.distributed as dist
@@ -148,8 +148,10 @@ def collect(
             attempt.respond(response)
         all_results = _run_public_tests(live, responses, dialog, executor)
         tests_run += sum(len(results) for results in all_results)
-        executing_s += time.monotonic() - sampled
+        executed = time.monotonic()
+        executing_s += executed - sampled
         sampling_s += sampled - started
+        charge(live, executed - started)
         live = [attempt for attempt in live if not attempt.passed_public]
         if turn == turns - 1 or not live:
             break
@@ -264,5 +266,14 @@ def _unrelated_message(index: int, attempts: Sequence[Attempt], messages: Sequen
 def judge_attempts(attempts: Sequence[Attempt], executor: Executor) -> int:
     """Run the private tests of attempts whose public tests pass, up to the first failure; how many were
     run."""
+    started = time.monotonic()
     all_results = executor.run_many([attempt.private_job() for attempt in attempts])
+    charge(attempts, time.monotonic() - started)
     return sum(attempt.judge(results) for attempt, results in zip(attempts, all_results, strict=True))
+
+
+def charge(attempts: Sequence[Attempt], seconds: float) -> None:
+    """Share wall-clock time out to the turns that these attempts have taken last."""
+    for attempt in attempts:
+        turn = attempt.turns[-1]
+        attempt.turns[-1] = replace(turn, seconds=turn.seconds + seconds / len(attempts))

@@ -70,7 +70,7 @@ class Rollouts(Protocol):
         numbers: Sequence[int],
         **settings: Unpack[EvaluationSettings],
     ) -> Sequence[Episode]:
-        """As `evaluate.Rollouts`."""
+        """As `ports.Play`."""
         ...
 
     def push(self, policy: Network, version: int) -> None:

@@ -18,7 +18,7 @@ from rlef.chat_server import ChatMessage, ChatServer, Reply
 from rlef.config import FeedbackKind, RolloutConfig
 from rlef.ports import Response, SamplingParams
 from rlef.records import Problem
-from rlef.rollout import Attempt, feedback_messages, judge_attempts
+from rlef.rollout import Attempt, charge, feedback_messages, judge_attempts
 from rlef.transcripts import Transcript, TranscriptTurn
 from rlef.unrelated import UnrelatedFeedback
 from rlef_sandbox import Executor
@@ -32,7 +32,7 @@ class _Served:
     messages: list[ChatMessage]
     replies: list[Reply] = field(default_factory=list)
 
-    def transcript(self, seconds: float) -> Transcript:
+    def transcript(self) -> Transcript:
         return Transcript(
             problem_id=self.attempt.problem.id,
             number=self.attempt.number,
@@ -44,11 +44,11 @@ class _Served:
                     finish_reason=reply.finish_reason,
                     prompt_tokens=reply.prompt_tokens,
                     response_tokens=reply.response_tokens,
+                    seconds=turn.seconds,
                 )
                 for turn, reply in zip(self.attempt.turns, self.replies, strict=True)
             ),
             solved=self.attempt.solved,
-            seconds=seconds,
         )
 
 
@@ -68,7 +68,6 @@ def collect_served(
 
     A failure of the server (`ServerFault`) or of the sandbox (`SandboxFault`) is raised, never scored.
     """
-    started = time.monotonic()
     dialogs = [
         _Served(
             Attempt(problem, number, []),
@@ -78,12 +77,14 @@ def collect_served(
     ]
     live = dialogs
     for turn in range(turns):
+        started = time.monotonic()
         replies = server.replies(
             [dialog.messages for dialog in live],
             params,
             seeds=[_seed(params.seed, dialog.attempt.number, turn) for dialog in live],
         )
         _execute(live, replies, executor)
+        charge([dialog.attempt for dialog in live], time.monotonic() - started)
         live = [dialog for dialog in live if not dialog.attempt.passed_public]
         if turn == turns - 1 or not live:
             break
@@ -99,8 +100,7 @@ def collect_served(
             dialog.messages.append(ChatMessage(role="assistant", content=dialog.replies[-1].text))
             dialog.messages.append(ChatMessage(role="user", content=text))
     judge_attempts([dialog.attempt for dialog in dialogs if dialog.attempt.passed_public], executor)
-    share = (time.monotonic() - started) / len(dialogs)
-    return [dialog.transcript(share) for dialog in dialogs]
+    return [dialog.transcript() for dialog in dialogs]
 
 
 def _request(problem: Problem) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from rlef.chat_server import ChatServer
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError, RolloutConfig
 from rlef.evaluate import SEED_OFFSET, evaluate, summarise
-from rlef.evaluation_folder import EvaluationFolder, Play, figures_of, identity_of, weights_digest
+from rlef.evaluation_folder import EvaluationFolder, figures_of, identity_of, weights_digest
 from rlef.execution import open_executor
 from rlef.families import read_config, read_shape, with_dtype
 from rlef.measurement import draws_of, measure
 from rlef.pieces import Piece, State
-from rlef.ports import SamplingParams, StreamingSampler
+from rlef.ports import Play, SamplingParams, StreamingSampler
 from rlef.pretrained import StoredWeights, model_folder, read_pretrained, write_config, write_weights
 from rlef.prompts import Dialog
 from rlef.records import Episode, ModelShape, Problem
@@ -120,10 +119,7 @@ class _Model:
         ).episodes
 
     def transcripts(self, problems: Sequence[Problem], **settings: Any) -> list[Transcript]:
-        started = time.monotonic()
-        episodes = self.episodes(problems, **settings)
-        share = (time.monotonic() - started) / len(episodes)
-        return [of_episode(episode, self.dialog, seconds=share) for episode in episodes]
+        return [of_episode(episode, self.dialog) for episode in self.episodes(problems, **settings)]
 
 
 @contextmanager
@@ -146,13 +142,13 @@ def _model(config: Config, problems: Sequence[Problem]) -> Iterator[_Model]:
 
 
 @contextmanager
-def _transcribed_model(config: Config, problems: Sequence[Problem]) -> Iterator[Play]:
+def _transcribed_model(config: Config, problems: Sequence[Problem]) -> Iterator[Play[Transcript]]:
     with _model(config, problems) as model:
         yield model.transcripts
 
 
 @contextmanager
-def _server(config: Config, problems: Sequence[Problem]) -> Iterator[Play]:
+def _server(config: Config, problems: Sequence[Problem]) -> Iterator[Play[Transcript]]:
     with closing(ChatServer(config.server)) as server, open_executor(config.executor) as executor:
         yield functools.partial(
             collect_served,

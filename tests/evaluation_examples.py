@@ -58,7 +58,7 @@ def transcript(
     tokens: int | None = 2,
     seconds: float = 0.5,
 ) -> Transcript:
-    """Responses of `tokens` tokens, each after a prompt of ten times as many."""
+    """Responses of `tokens` tokens, each after a prompt of ten times as many, and of `seconds`."""
     codes = codes or [f"program {place}" for place in range(len(outcomes))]
     return Transcript(
         problem_id=problem,
@@ -71,11 +71,11 @@ def transcript(
                 finish_reason="stop",
                 prompt_tokens=None if tokens is None else 10 * tokens,
                 response_tokens=tokens,
+                seconds=seconds,
             )
             for outcome, code in zip(outcomes, codes, strict=True)
         ),
         solved=solved,
-        seconds=seconds,
     )
 
 

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+WITHOUT_VALUE = ("ppo.value_warmup_steps=0",)
+GROUPS = ("rollout.rollouts_per_problem=8", *WITHOUT_VALUE)
 RUNS = {
     "seed 1": ("run.seed=1",),
     "seed 2": ("run.seed=2",),
@@ -25,6 +27,9 @@ RUNS = {
     "token-level value seed 3": ("run.seed=3", "ppo.value_level=token"),
     "no feedback in training": ("run.seed=1", "rollout.feedback=none"),
     "single-turn training": ("run.seed=1", "rollout.turns=1"),
+    "GRPO": ("run.seed=1", "ppo.method=grpo", *GROUPS),
+    "RLOO": ("run.seed=1", "ppo.method=rloo", *GROUPS),
+    "SFT on solved rollouts": ("run.seed=1", "ppo.method=sft", *WITHOUT_VALUE),
 }
 COLUMNS = ("1@1", "1@3", "single_turn_1@3", "random_feedback_1@3", "no_feedback_1@3")
 

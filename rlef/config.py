@@ -28,6 +28,8 @@ FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 
 FeedbackKind = Literal["true", "none", "random"]
 ValueLevel = Literal["turn", "token"]
+GroupMethod = Literal["grpo", "rloo"]
+Method = Literal["ppo", "grpo", "rloo", "sft"]
 SamplerName = Literal["torch", "vllm"]
 Recompute = Literal["none", "full"]
 DType = Literal["float32", "bfloat16"]
@@ -113,6 +115,11 @@ class RolloutConfig(Section):
     overlap: bool = False  # programs run while other episodes decode; results depend on the clock by rounding
     max_staleness: NonNegativeInt = 0  # versions that a token may be older than the weights it trains
     timeout_s: PositiveInt = 3600  # of the wait for a step's episodes: see docs/settings.md
+    rollouts_per_problem: PositiveInt = 1  # of one step: the group that grpo and rloo compare
+
+    @property
+    def problems_per_step(self) -> int:
+        return self.episodes_per_step // self.rollouts_per_problem
 
 
 class VllmConfig(Section):
@@ -150,6 +157,17 @@ class PPOConfig(Section):
     normalise_advantages: bool = True
     value_warmup_steps: NonNegativeInt = 0  # first steps that train the value network alone
     micro_batch_tokens: PositiveInt = 16384
+    method: Method = "ppo"  # what the policy learns from: see docs/settings.md
+
+    @property
+    def has_value(self) -> bool:
+        """Whether a value network is built and trained."""
+        return self.method == "ppo"
+
+    @property
+    def group_method(self) -> GroupMethod | None:
+        """How an episode is measured against others of the same problem, if it is."""
+        return self.method if self.method in ("grpo", "rloo") else None
 
 
 class OptimizerConfig(Section):
@@ -264,6 +282,7 @@ def check_arithmetic(config: Config) -> None:
             f"rollout.episodes_per_step = {episodes} is not a multiple of ppo.updates_per_step = {updates}; "
             f"use {max(1, episodes // updates) * updates}"
         )
+    _check_method(config)
     parallel = config.parallel
     if parallel.sampling_processes >= parallel.processes:
         raise ConfigError(
@@ -292,6 +311,39 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"rollout.episodes_per_step / ppo.updates_per_step = {episodes // updates} sequences an update "
             f"cannot be shared by {data_parallel} data-parallel ranks; raise rollout.episodes_per_step"
+        )
+
+
+def _check_method(config: Config) -> None:
+    episodes, rollouts = config.rollout.episodes_per_step, config.rollout.rollouts_per_problem
+    if episodes % rollouts:
+        raise ConfigError(
+            f"rollout.episodes_per_step = {episodes} is not a multiple of rollout.rollouts_per_problem = "
+            f"{rollouts}; use {max(1, episodes // rollouts) * rollouts}"
+        )
+    ppo = config.ppo
+    if ppo.group_method is not None:
+        if rollouts < 2:
+            raise ConfigError(
+                f"ppo.method = {ppo.method!r} compares the rollouts of one problem, and "
+                f"rollout.rollouts_per_problem = {rollouts}; use at least 2, such as 8"
+            )
+        if config.rollout.problems_per_step % ppo.updates_per_step:
+            share = rollouts * ppo.updates_per_step
+            raise ConfigError(
+                f"rollout.episodes_per_step = {episodes} is not a multiple of rollout.rollouts_per_problem x "
+                f"ppo.updates_per_step = {share}, so that each update has whole groups; "
+                f"use {max(1, episodes // share) * share}"
+            )
+    if not ppo.has_value and ppo.value_level != "turn":
+        raise ConfigError(
+            f"ppo.value_level = {ppo.value_level!r} is of a value network, and ppo.method = "
+            f"{ppo.method!r} has none; set ppo.value_level=turn"
+        )
+    if not ppo.has_value and ppo.value_warmup_steps:
+        raise ConfigError(
+            f"ppo.value_warmup_steps = {ppo.value_warmup_steps} is of a value network, and ppo.method = "
+            f"{ppo.method!r} has none; set ppo.value_warmup_steps=0"
         )
 
 
@@ -345,6 +397,7 @@ def describe_arithmetic(config: Config) -> dict[str, int]:
         "processes that sample": parallel.samplers,
         "data-parallel replicas": data_parallel,
         "episodes a step": episodes,
+        "problems a step": config.rollout.problems_per_step,
         "episodes sampled by each process (at most)": -(-episodes // parallel.samplers),
         "sequences an update": episodes // config.ppo.updates_per_step,
         "sequences an update and replica (at most)": -(

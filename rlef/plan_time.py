@@ -65,6 +65,7 @@ def workload_of(config: Config, assumptions: Assumptions, *, longest_tokens: int
         longest_tokens=longest_tokens,
         micro_batch_tokens=config.ppo.micro_batch_tokens,
         slots=rollout.slots,
+        has_value=config.ppo.has_value,
     )
 
 

@@ -167,11 +167,13 @@ class OwnRollouts:
 
     def _share(self, step: int) -> tuple[Sequence[Problem], Sequence[int]]:
         """This process's problems of a training step, and the numbers of their episodes."""
-        count = self._config.rollout.episodes_per_step
-        position = self._origin + step * count
+        rollout = self._config.rollout
+        count, each = rollout.episodes_per_step, rollout.rollouts_per_problem
+        position = self._origin + step * rollout.problems_per_step
         cursor = Cursor(self._problems, seed=self._config.run.seed, position=position)
+        problems = [problem for problem in cursor.take(rollout.problems_per_step) for _ in range(each)]
         numbers = range(step * count, (step + 1) * count)
-        return cursor.take(count)[self._index :: self._of], numbers[self._index :: self._of]
+        return problems[self._index :: self._of], numbers[self._index :: self._of]
 
     def _training_settings(self) -> CollectSettings:
         rollout = self._config.rollout

@@ -116,6 +116,8 @@ class RolloutConfig(Section):
     max_staleness: NonNegativeInt = 0  # versions that a token may be older than the weights it trains
     timeout_s: PositiveInt = 3600  # of the wait for a step's episodes: see docs/settings.md
     rollouts_per_problem: PositiveInt = 1  # of one step: the group that grpo and rloo compare
+    few_shot: str = ""  # a JSONL file of example dialogs, which stand before each problem's own
+    max_few_shot_tokens: NonNegativeInt = 0  # that the examples may take
 
     @property
     def problems_per_step(self) -> int:
@@ -275,6 +277,11 @@ def check_arithmetic(config: Config) -> None:
             "rollout.feedback = 'random' takes what other programs of the same turn were told, so it needs "
             "rollout.overlap = false and rollout.max_staleness = 0"
         )
+    if bool(config.rollout.few_shot) != bool(config.rollout.max_few_shot_tokens):
+        raise ConfigError(
+            f"rollout.few_shot = {config.rollout.few_shot!r} and rollout.max_few_shot_tokens = "
+            f"{config.rollout.max_few_shot_tokens}: set both, a file of examples and their room, or neither"
+        )
     _check_evaluation(config.evaluation)
     episodes, updates = config.rollout.episodes_per_step, config.ppo.updates_per_step
     if episodes % updates:
@@ -369,7 +376,8 @@ def longest_dialog(config: Config) -> int:
     """The most tokens that an episode of training or evaluation can have."""
     rollout, turns = config.rollout, max(config.rollout.turns, config.evaluation.turns)
     feedback = rollout.max_feedback_tokens + 1  # an unfinished response is closed by an end-of-turn token
-    return rollout.max_prompt_tokens + turns * rollout.max_response_tokens + (turns - 1) * feedback
+    told = rollout.max_few_shot_tokens + rollout.max_prompt_tokens + (turns - 1) * feedback
+    return told + turns * rollout.max_response_tokens
 
 
 def check_context(config: Config, max_position_embeddings: int) -> None:
@@ -378,7 +386,8 @@ def check_context(config: Config, max_position_embeddings: int) -> None:
     if longest > max_position_embeddings:
         raise ConfigError(
             f"a dialog can grow to {longest} tokens "
-            f"(rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}, "
+            f"(rollout.max_few_shot_tokens = {config.rollout.max_few_shot_tokens}, "
+            f"rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}, "
             f"rollout.max_response_tokens = {config.rollout.max_response_tokens}, "
             f"rollout.max_feedback_tokens = {config.rollout.max_feedback_tokens}, "
             f"rollout.turns = {config.rollout.turns}, evaluation.turns = {config.evaluation.turns}), "

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from rlef.config import Config, ConfigError, EvaluationConfig, FeedbackKind
+from rlef.few_shot import read_examples
 from rlef.files import write_text
 from rlef.measurement import Cell, Draw, draws_of
 from rlef.ports import SamplingParams
@@ -55,7 +56,15 @@ def identity_of(config: Config, problems: Sequence[Problem], *, weights: str | N
         "max_feedback_tokens": rollout.max_feedback_tokens,
         "max_test_characters": rollout.max_test_characters,
         "max_response_tokens": rollout.max_response_tokens,
+        "few_shot": examples_digest(rollout.few_shot),
     }
+
+
+def examples_digest(few_shot: str) -> str | None:
+    """Of the example dialogs of that file; None without one."""
+    if not few_shot:
+        return None
+    return hashlib.sha256(repr(read_examples(few_shot)).encode()).hexdigest()
 
 
 def problems_digest(problems: Sequence[Problem]) -> str:

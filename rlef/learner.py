@@ -198,6 +198,7 @@ class Learner:
 
         def loss(values: Tensor, index: int, _rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             item = scored[index]
+            assert item.old_values is not None, "scored by a value network"
             return losses.value_loss(
                 values,
                 item.batch,
@@ -248,8 +249,7 @@ def _summarise(
     scored = [item for update in updates for item in update]
     kl = _joined([item.kl for item in scored])
     returns = _joined([item.returns for item in scored])
-    with_values = [item for item in scored if item.old_values is not None]
-    errors = _joined([item.returns - item.old_values for item in with_values])
+    errors = _joined([item.returns - item.old_values for item in scored if item.old_values is not None])
     sums = _sum_over_ranks(
         [
             float(kl.numel()),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from rlef import prompts
 from rlef.chat_server import ChatMessage, ChatServer, Reply
 from rlef.config import FeedbackKind, RolloutConfig
+from rlef.few_shot import ExampleDialog
 from rlef.ports import Response, SamplingParams
 from rlef.records import Problem
 from rlef.rollout import Attempt, feedback_messages, judge_attempts
@@ -59,16 +60,24 @@ def collect_served(
     params: SamplingParams,
     turns: int,
     feedback: FeedbackKind,
+    examples: Sequence[ExampleDialog] = (),
 ) -> list[Transcript]:
     """One dialog per problem, in their order; `numbers` and the turn key the seed of each request.
+
+    Before each stand the messages of `examples`.
 
     A failure of the server (`ServerFault`) or of the sandbox (`SandboxFault`) is raised, never scored.
     """
     started = time.monotonic()
+    shown = [
+        ChatMessage(role=message.role, content=message.content)
+        for example in examples
+        for message in example.messages
+    ]
     dialogs = [
         _Served(
             Attempt(problem, number, []),
-            [ChatMessage(role="user", content=prompts.prompt_text(problem.statement))],
+            [*shown, ChatMessage(role="user", content=prompts.prompt_text(problem.statement))],
         )
         for problem, number in zip(problems, numbers, strict=True)
     ]

@@ -22,6 +22,7 @@ from rlef.evaluate import SEED_OFFSET, evaluate, summarise
 from rlef.evaluation_folder import EvaluationFolder, Play, figures_of, identity_of, weights_digest
 from rlef.execution import open_executor
 from rlef.families import read_config, read_shape, with_dtype
+from rlef.few_shot import read_examples
 from rlef.measurement import draws_of, measure
 from rlef.pieces import Piece, State
 from rlef.ports import SamplingParams, StreamingSampler
@@ -144,7 +145,13 @@ def _transcribed_model(config: Config) -> Iterator[Play]:
 @contextmanager
 def _server(config: Config) -> Iterator[Play]:
     with closing(ChatServer(config.server)) as server, open_executor(config.executor) as executor:
-        yield functools.partial(collect_served, server=server, executor=executor, settings=config.rollout)
+        yield functools.partial(
+            collect_served,
+            server=server,
+            executor=executor,
+            settings=config.rollout,
+            examples=read_examples(config.rollout.few_shot),
+        )
 
 
 def export_policy(config: Config, folder: RunFolder, output: Path, *, dtype: str, max_file_bytes: int) -> int:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
     frozenset({"config", "files", "pieces", "records"}),
-    frozenset({"job", "judging", "ports", "stopping"}),
+    frozenset({"few_shot", "job", "judging", "ports", "stopping"}),
     frozenset(
         {
             "advantages",
@@ -80,7 +80,9 @@ FLOORS: tuple[frozenset[str], ...] = (
             "streaming",
         }
     ),
-    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
+    frozenset(
+        {"asynchronous", "comparison", "evaluation_page", "few_shot_examples", "plan_report", "standalone"}
+    ),
     frozenset({"sampling"}),
     frozenset({"commands", "train"}),
     frozenset({"problem_commands"}),

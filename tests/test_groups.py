@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,10 +18,22 @@ from torch import Tensor, nn
 from rlef import losses
 from rlef.advantages import group_baselines, turn_kl
 from rlef.checkpoint import CheckpointStore
-from rlef.config import GroupMethod, Method, ParallelConfig, PPOConfig, RewardConfig
+from rlef.config import (
+    ConfigError,
+    GroupMethod,
+    Method,
+    ParallelConfig,
+    PPOConfig,
+    RewardConfig,
+    load_config,
+)
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks
 from rlef.packing import pack
+from rlef.plan import TRAINER, make_plan
+from rlef.plan_cluster import GPUS, Assumptions, Cluster
+from rlef.plan_model import read_model
+from rlef.plan_time import workload_of
 from rlef.ports import Networks
 from rlef.records import Batch, Episode, TurnOutcome
 from rlef.rewards import turn_rewards
@@ -285,6 +298,33 @@ def test_ranks_that_divide_the_groups_learn_what_one_learns_alone(tmp_path: Path
             assert found == pytest.approx(metrics, rel=1e-4, abs=1e-6), name
             for weight_name, weight in weights(nets.policy).items():
                 torch.testing.assert_close(found_weights[weight_name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ppo.method=grpo"], "rollout.rollouts_per_problem = 1; use at least 2, such as 8"),
+        (["rollout.rollouts_per_problem=3"], "multiple of rollout.rollouts_per_problem = 3; use 1023"),
+        (["ppo.method=rloo", "rollout.rollouts_per_problem=512"], "= 2048, so that each update has whole"),
+        (["ppo.method=sft", "ppo.value_level=token"], "'sft' has none; set ppo.value_level=turn"),
+        (["ppo.method=sft", "ppo.value_warmup_steps=2"], "'sft' has none; set ppo.value_warmup_steps=0"),
+    ],
+)
+def test_settings_that_do_not_fit_the_method_are_refused(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    (tmp_path / "run.toml").touch()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(tmp_path / "run.toml", overrides)
+
+
+def test_a_plan_counts_no_value_network_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").touch()
+    config = load_config(tmp_path / "run.toml", ["ppo.method=rloo", "rollout.rollouts_per_problem=4"])
+    work = workload_of(config, Assumptions(), longest_tokens=100)
+    cluster = Cluster(gpu=GPUS["H100"], nodes=1)
+    plan = make_plan(read_model("llama-3.2-1b"), cluster, work, Assumptions(), trainer=TRAINER)
+    assert {each.memory.value_network for each in plan.candidates} == {0}
 
 
 def test_a_run_takes_each_problem_as_often_as_it_says_and_keeps_no_value_network(

@@ -30,18 +30,6 @@ def turn_kl(
     return segment_mean(policy_logprobs[mask] - reference_logprobs[mask], borders)
 
 
-def turn_level_returns(
-    batch: Batch,
-    old_logprobs: Tensor,  # [tokens]
-    reference_logprobs: Tensor,  # [tokens]
-    *,
-    kl_coef: float,
-) -> Tensor:
-    """The return of each turn, `[turns]` float32, as `advantages_and_returns` defines it."""
-    rewards = batch.turn_rewards - kl_coef * turn_kl(old_logprobs, reference_logprobs, batch)  # [turns]
-    return turn_returns(rewards, batch.turn_sequences)
-
-
 def advantages_and_returns(
     batch: Batch,
     old_logprobs: Tensor,  # [tokens]
@@ -56,8 +44,8 @@ def advantages_and_returns(
     without discount or bootstrapping, so the KL of a later response counts against the earlier ones too; its
     advantage is G - V. With a value per token (the ablation) each token has the return of its turn.
     """
-    of_turns = turn_level_returns(batch, old_logprobs, reference_logprobs, kl_coef=kl_coef)  # [turns]
-    returns = of_turns[batch.value_turns]  # [values]
+    rewards = batch.turn_rewards - kl_coef * turn_kl(old_logprobs, reference_logprobs, batch)  # [turns]
+    returns = turn_returns(rewards, batch.turn_sequences)[batch.value_turns]  # [values]
     return returns, returns - values
 
 
@@ -89,8 +77,8 @@ def group_baselines(
     - `rloo` (arXiv 2402.14740): the baseline is the mean of G_j over the *other* episodes, the scale 1.
 
     A turn keeps its own return, to which rewards and KL of earlier turns do not belong; later turns have no
-    baseline of their own, since each stands in another dialog. The baselines are functions of the problem
-    and, with `rloo`, of other episodes alone: they leave the policy gradient's expectation as it is.
+    baseline of their own, since each stands in another dialog. That of `rloo` depends on the problem and on
+    other episodes alone, so it leaves the expectation of the policy's gradient as it is.
     """
     groups = returns.view(-1, size)
     if method == "rloo":

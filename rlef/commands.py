@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,10 @@ def errors_in_one_line(command: _F) -> _F:
             return command(*args, **kwargs)
         except ConfigError as error:
             sys.exit(refuse(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            sys.exit(refuse(ConfigError(f"{error.filename}: {error.strerror}; see to it, and try again")))
 
     return guarded  # type: ignore[return-value]
 
@@ -40,14 +44,27 @@ def refuse(error: ValueError) -> int:
 
 def require_writable(file: Path) -> None:
     """Before minutes of work: the file's folder can be made, and written to."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name a file to write")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"--output {file} cannot be written ({error.strerror}); name another place"
-        ) from None
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); name another place") from None
+
+
+def require_file(file: Path, what: str) -> None:
+    """`what` is what the file should be, in a word or two."""
+    if not file.is_file():
+        found = f"{str(file)!r} is a folder" if file.is_dir() else f"there is no file {str(file)!r}"
+        raise ConfigError(f"{found}; give {what}")
+
+
+def require_other_file(output: Path, others: Sequence[Path]) -> None:
+    """What is written takes the place of nothing that is read, or written too."""
+    if output.resolve() in {path.resolve() for path in others}:
+        raise ConfigError(f"{output} is named twice; name another file to write")
 
 
 def require_empty(output: Path) -> None:

@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises ConfigError: it is missing, or not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} is missing: name the folder of an evaluation that has ended") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); evaluate again") from None

@@ -48,11 +48,11 @@ def read_examples(path: str) -> list[ExampleDialog]:
     if not path:
         return []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"rollout.few_shot: {path!r} cannot be read ({error}); name a JSONL file") from None
     examples: list[ExampleDialog] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         try:
             examples.append(ExampleDialog.model_validate_json(line))
         except ValidationError as error:

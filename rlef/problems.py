@@ -5,8 +5,9 @@ problems. docs/problems.md describes the format of the files.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -119,6 +120,7 @@ class ProblemRow(_Row):
     flags: list[ProblemFlag] = []
     difficulty: str = ""
     rating: int | None = None
+    solve_rate: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 def load(config: Config, part: Part) -> list[Problem]:
@@ -140,6 +142,11 @@ def _load(config: Config, part: Part) -> list[Problem]:
                 f"{setting}: {source!r} is not a split of the embedded source; use one of "
                 + ", ".join(_EMBEDDED_PREFIX + name for name in hidden_conventions.SPLITS)
             )
+        if part == "train" and config.problems.order == "easy_first":
+            raise ConfigError(
+                f"problems.order = 'easy_first', and nothing says how hard a problem of {source} is; "
+                "set problems.order=shuffled"
+            )
         size: int = getattr(config.problems, f"{part}_size")
         return list(hidden_conventions.generate(split, seed=config.problems.seed, size=size))
     path = Path(source)
@@ -156,6 +163,8 @@ def _load(config: Config, part: Part) -> list[Problem]:
                 f"{setting}: {path}: problem {problem.id!r} has the flag 'interactive', and tests cannot "
                 "judge a dialog; take it out of the file"
             )
+    if part == "train" and config.problems.order == "easy_first":
+        hardness(problems)
     return problems
 
 
@@ -220,6 +229,7 @@ def line_of(problem: Problem) -> str:
         "flags": list(problem.flags),
         "difficulty": problem.difficulty,
         "rating": problem.rating,
+        "solve_rate": problem.solve_rate,
     }
     fields |= {name: value for name, value in optional.items() if value not in ([], "", None)}
     line = json.dumps(fields, ensure_ascii=False) + "\n"
@@ -234,18 +244,65 @@ class Cursor:
     problems: list[Problem]
     seed: int
     position: int = 0
+    hardness: Sequence[
+        float
+    ] = ()  # [problems] by which each round is sorted; those that are equal are shuffled
+    _order: tuple[int, list[int]] = (-1, [])  # of the round that was taken from last
+
+    @property
+    def round(self) -> int:
+        return self.position // len(self.problems)
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems."""
         taken: list[Problem] = []
         while len(taken) < count:
-            round_number, offset = divmod(self.position, len(self.problems))
-            order = list(range(len(self.problems)))
-            Random(f"{self.seed}/{round_number}").shuffle(order)
-            chunk = order[offset : offset + count - len(taken)]
+            offset = self.position % len(self.problems)
+            chunk = self._order_of(self.round)[offset : offset + count - len(taken)]
             taken += [self.problems[index] for index in chunk]
             self.position += len(chunk)
         return taken
+
+    def _order_of(self, round_number: int) -> list[int]:
+        if self._order[0] != round_number:
+            order = list(range(len(self.problems)))
+            Random(f"{self.seed}/{round_number}").shuffle(order)
+            if self.hardness:
+                order.sort(key=self.hardness.__getitem__)
+            self._order = (round_number, order)
+        return self._order[1]
+
+
+def statement_digest(problem: Problem) -> bytes:
+    """Equal for statements that differ in case and blanks alone."""
+    words = " ".join(problem.statement.lower().split())
+    return hashlib.sha256(words.encode("utf-8")).digest()
+
+
+def training_cursor(problems: list[Problem], config: Config) -> Cursor:
+    """In the order that `problems.order` names."""
+    sorts = config.problems.order == "easy_first"
+    return Cursor(problems, seed=config.run.seed, hardness=hardness(problems) if sorts else ())
+
+
+def hardness(problems: Sequence[Problem]) -> list[float]:
+    """How hard each problem is, by solve rate if all have one, else by rating if all have that.
+
+    Raises:
+        ConfigError: some have neither.
+    """
+    rates = [problem.solve_rate for problem in problems]
+    ratings = [problem.rating for problem in problems]
+    without = [problem.id for problem in problems if problem.solve_rate is None]
+    if not without:
+        return [-rate for rate in rates if rate is not None]
+    if None not in ratings:
+        return [float(rating) for rating in ratings if rating is not None]
+    raise ConfigError(
+        f"problems.order = 'easy_first', and {len(without)} of {len(problems)} problems, such as "
+        f"{without[0]!r}, have no solve_rate, nor have all a rating; measure them (rlef problems select "
+        "--drop-unknown leaves them out), or set problems.order=shuffled"
+    )
 
 
 def _lines(file: BinaryIO, path: Path, max_test_bytes: int) -> Iterator[bytes]:
@@ -320,6 +377,7 @@ def problem_of(row: object, place: str, *, defaults: ExecutorConfig, max_test_by
         flags=tuple(fields.flags),
         difficulty=fields.difficulty,
         rating=fields.rating,
+        solve_rate=fields.solve_rate,
     )
     require_judgeable(problem, place, max_test_bytes=max_test_bytes)
     return problem

@@ -65,6 +65,9 @@ class Problem:
     flags: tuple[ProblemFlag, ...] = ()
     difficulty: str = ""  # in the source's own words
     rating: int | None = None
+    solve_rate: float | None = (
+        None  # of some model's dialogs about it, as `rlef problems select` has measured
+    )
 
 
 def text_input(test: ProblemTest) -> str:

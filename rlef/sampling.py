@@ -19,13 +19,13 @@ from rlef import problems as sources
 from rlef.asynchronous import AsynchronousRollouts
 from rlef.bridge import LearnersEnd, Order, SamplersEnd
 from rlef.config import Config, ConfigError, FeedbackKind
+from rlef.curriculum import Curriculum, Progress, skips
 from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.faults import RunFault, Watch, doing
 from rlef.job import Job, leave
 from rlef.ports import Network, SamplingParams
 from rlef.pretrained import StoredWeights, model_folder
-from rlef.problems import Cursor
 from rlef.prompts import Dialog
 from rlef.records import Episode, Problem
 from rlef.rollout import Collection, CollectSettings, interleaved, share_out
@@ -49,12 +49,17 @@ class Rollouts(Protocol):
 
     own_s: dict[str, float]  # this process's seconds of the last step, by phase
 
-    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
-        """Begin with `step`, whose problems are counted from `origin`; go on with what `save` gave."""
+    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
+        """Begin with `step`, whose problems are counted from `origin`; go on with what `save` and `record`
+        gave."""
         ...
 
     def collect(self, step: int) -> Collection:
         """The episodes of a step, in the order of their numbers."""
+        ...
+
+    def record(self, episodes: Sequence[Episode]) -> Progress | None:
+        """Let what came of the step that was collected last decide on later problems, if it is to."""
         ...
 
     def evaluate(
@@ -91,6 +96,7 @@ class OwnRollouts:
         """With the weights of `model.path`, as version 0. `stack` ends what is begun here."""
         self._config = config
         self._index, self._of = index, of
+        self.is_first = index == 0
         folder = model_folder(config.model.path)
         self.shape = read_shape(folder)
         self._dialog = Dialog.read(folder, config.rollout)
@@ -101,17 +107,23 @@ class OwnRollouts:
         dtype = getattr(torch, config.parallel.dtype)  # in which the networks have them, and push them later
         rounded = ((name, whole.to(dtype)) for name, whole in StoredWeights(folder).tensors())
         self._sampler.push(rounded, version=0)
-        self._problems = sources.load(config, "train")
-        self._origin = 0  # where in them step 0 began
+        self._cursor = sources.training_cursor(sources.load(config, "train"), config)
+        self._origin = 0  # where in the problems step 0 began
+        self._curriculum: Curriculum | None = None  # where outcomes decide on problems, from `start` on
         self._eval_problems = sources.load(config, "eval")
         self._executor = stack.enter_context(open_executor(config.executor))
         self._asynchronous: AsynchronousRollouts | None = None  # until `start`
         self._device = job.device
         self._stack = stack
 
-    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
-        """`saved` may hold episodes of others."""
+    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
+        """`saved` may hold episodes of others.
+
+        Raises ConfigError: `progress` is of other problems.
+        """
         self._origin = origin
+        if skips(self._config.problems):
+            self._curriculum = Curriculum(self._cursor, self._config, step=step, progress=progress)
         if self._config.rollout.max_staleness > 0:
             self._asynchronous = AsynchronousRollouts(
                 self._training_settings(),
@@ -131,6 +143,10 @@ class OwnRollouts:
                 return self._asynchronous.take(step)
             collect = collect_overlapped if rollout.overlap else collect_in_lockstep
             return collect(problems, numbers=numbers, **self._training_settings())
+
+    def record(self, solved: Sequence[bool]) -> Progress | None:
+        """Of all episodes, not of this process's alone. None where outcomes decide on nothing."""
+        return None if self._curriculum is None else self._curriculum.record(solved)
 
     def evaluate(
         self,
@@ -169,10 +185,13 @@ class OwnRollouts:
         """This process's problems of a training step, and the numbers of their episodes."""
         rollout = self._config.rollout
         count, each = rollout.episodes_per_step, rollout.rollouts_per_problem
-        position = self._origin + step * rollout.problems_per_step
-        cursor = Cursor(self._problems, seed=self._config.run.seed, position=position)
-        problems = [problem for problem in cursor.take(rollout.problems_per_step) for _ in range(each)]
         numbers = range(step * count, (step + 1) * count)
+        if self._curriculum is not None:
+            chosen = self._curriculum.problems_of(step)
+        else:
+            self._cursor.position = self._origin + step * rollout.problems_per_step
+            chosen = self._cursor.take(rollout.problems_per_step)
+        problems = [problem for problem in chosen for _ in range(each)]
         return problems[self._index :: self._of], numbers[self._index :: self._of]
 
     def _training_settings(self) -> CollectSettings:
@@ -205,8 +224,8 @@ class Colocated:
         self._watch = watch
         self.own_s: dict[str, float] = {}
 
-    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
-        self._own.start(step, origin, saved)
+    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
+        self._own.start(step, origin, saved, progress)
 
     def collect(self, step: int) -> Collection:
         with self._watch.phase(f"sampling step {step + 1}"):
@@ -214,6 +233,9 @@ class Colocated:
         self.own_s = {"sampling": own.sampling_s, "executing": own.executing_s}
         with self._watch.phase(f"sharing the episodes of step {step + 1}"):
             return share_out(own)
+
+    def record(self, episodes: Sequence[Episode]) -> Progress | None:
+        return self._own.record([episode.solved for episode in episodes])
 
     def evaluate(
         self, problems: Sequence[Problem], *, numbers: Sequence[int], **settings: Unpack[EvaluationSettings]
@@ -236,17 +258,28 @@ class Colocated:
 class Disaggregated:
     """`Rollouts` where other processes make the episodes."""
 
-    def __init__(self, bridge: LearnersEnd, watch: Watch) -> None:
+    def __init__(self, bridge: LearnersEnd, watch: Watch, *, records: bool) -> None:
+        """`records`: whether outcomes decide on problems."""
         self._bridge = bridge
         self._watch = watch
+        self._records = records
         self.own_s: dict[str, float] = {}
 
-    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
-        self._bridge.tell("start", list(saved), step=step, origin=origin)
+    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
+        self._bridge.tell("start", (list(saved), progress), step=step, origin=origin)
 
     def collect(self, step: int) -> Collection:
         with self._watch.phase(f"waiting for the episodes of step {step + 1}"):
             return interleaved(self._bridge.ask("collect", step=step))
+
+    def record(self, episodes: Sequence[Episode]) -> Progress | None:
+        """Each sampler chooses for itself; the first one says where they stand."""
+        if not self._records:
+            return None
+        with self._watch.phase("recording outcomes"):
+            replies = self._bridge.ask("record", solved=[int(episode.solved) for episode in episodes])
+        progress: Progress = replies[0]
+        return progress
 
     def evaluate(
         self, _problems: Sequence[Problem], *, numbers: Sequence[int], **settings: Unpack[EvaluationSettings]
@@ -298,9 +331,16 @@ def _carry_out(order: Order, own: OwnRollouts, bridge: SamplersEnd) -> None:
     details = dict(order.details)
     match order.kind:
         case "start":
-            own.start(**details, saved=bridge.take())
+            saved, progress = bridge.take()
+            try:
+                own.start(**details, saved=saved, progress=progress)
+            except ConfigError as error:  # as of the constructor
+                raise RunFault(str(error)) from error
         case "collect":
             bridge.reply(own.collect(**details))
+        case "record":
+            progress = own.record([bool(each) for each in details["solved"]])
+            bridge.reply(progress if own.is_first else None)
         case "load":
             own.push(bridge.weights(details["dtype"]), details["version"])
         case "evaluate":
@@ -324,5 +364,7 @@ def _phase_of(order: Order) -> str:
             return "evaluating"
         case "save":
             return "saving what is under way"
+        case "record":
+            return "recording outcomes"
         case _:
             return "starting the episodes"

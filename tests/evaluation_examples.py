@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from rlef.config import Budget, Config, EvaluationConfig
+from rlef.evaluation_folder import EvaluationFolder, figures_of
+from rlef.measurement import draws_of, measure
 from rlef.records import Episode, Turn, TurnOutcome
-from rlef.transcripts import Transcript, TranscriptTurn
+from rlef.transcripts import Transcript, TranscriptTurn, append_transcripts
 
 PASSED, WRONG, NO_CODE = TurnOutcome.PASSED, TurnOutcome.WRONG_OUTPUT, TurnOutcome.NO_CODE
 RAISED = TurnOutcome.EXCEPTION
@@ -72,3 +77,35 @@ def transcript(
         solved=solved,
         seconds=seconds,
     )
+
+
+def evaluated(
+    path: Path, solved: Sequence[Sequence[bool]], *, problems: str = "digest", **settings: Any
+) -> Path:
+    """An evaluation in which each problem's dialogs were solved so, on turn 2."""
+    evaluation = EvaluationConfig(
+        **{
+            "budgets": (Budget(n=1, k=2, temperature=1.0, top_p=1.0),),
+            "turn_limits": (1, 2),
+            "feedback": ("true",),
+            "rollouts_per_problem": 2,
+            "bootstrap_samples": 500,
+        }
+        | settings
+    )
+    identity = {"seed": 1, "problems": problems}
+    made = EvaluationFolder(path, identity)
+    transcripts: list[Transcript] = [
+        transcript(WRONG, PASSED, solved=True, problem=f"p{place}")
+        if each[rollout]
+        else transcript(WRONG, WRONG, problem=f"p{place}")
+        for rollout in range(2)
+        for place, each in enumerate(solved)
+    ]
+    drawn = dict.fromkeys(draws_of(evaluation), transcripts)
+    for draw in drawn:
+        append_transcripts(path / "transcripts" / f"{draw.name}.jsonl", transcripts)
+    made.write_figures(
+        figures_of(measure(drawn, evaluation, seed=1), Config(evaluation=evaluation), identity)
+    )
+    return path

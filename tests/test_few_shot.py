@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlef.cli import main
 from rlef.config import Config, ConfigError, RolloutConfig, load_config, longest_dialog
@@ -41,6 +44,18 @@ def example(problem: str = "p") -> ExampleDialog:
 def settings_with(path: Path, *examples: ExampleDialog, tokens: int = 400) -> RolloutConfig:
     write_examples(path / "examples.jsonl", examples)
     return RolloutConfig(few_shot=str(path / "examples.jsonl"), max_few_shot_tokens=tokens)
+
+
+@given(st.text(min_size=1), st.text())
+def test_a_file_gives_back_what_was_written_whatever_the_text(name: str, text: str) -> None:
+    """Also line ends of Unicode, which JSON does not escape."""
+    one = ExampleDialog(
+        problem_id=name,
+        messages=(ExampleMessage(role="user", content=text), ExampleMessage(role="assistant", content=text)),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_examples(Path(folder) / "examples.jsonl", [one, one])
+        assert read_examples(f"{folder}/examples.jsonl") == [one, one]
 
 
 def test_examples_are_told_token_for_token_as_the_dialogs_that_they_were(tmp_path: Path) -> None:

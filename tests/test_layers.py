@@ -52,7 +52,7 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
-    frozenset({"megatron_model", "problem_check", "sources", "weights"}),
+    frozenset({"contamination", "curriculum", "megatron_model", "problem_check", "sources", "weights"}),
     frozenset(
         {
             "bridge",
@@ -81,7 +81,15 @@ FLOORS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"asynchronous", "comparison", "evaluation_page", "few_shot_examples", "plan_report", "standalone"}
+        {
+            "asynchronous",
+            "comparison",
+            "evaluation_page",
+            "few_shot_examples",
+            "plan_report",
+            "selection",
+            "standalone",
+        }
     ),
     frozenset({"sampling"}),
     frozenset({"commands", "train"}),

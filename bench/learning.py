@@ -30,7 +30,7 @@ RUNS = {
     "token-level value seed 2": ("run.seed=2", "ppo.value_level=token"),
     "token-level value seed 3": ("run.seed=3", "ppo.value_level=token"),
     "no feedback in training": ("run.seed=1", "rollout.feedback=none"),
-    "random feedback in training": ("run.seed=1", "rollout.feedback=random", "rollout.max_staleness=0"),
+    "random feedback in training": ("run.seed=1", "rollout.feedback=random"),
     "single-turn training": ("run.seed=1", "rollout.turns=1"),
     "GRPO": ("run.seed=1", "ppo.method=grpo", *GROUPS),
     "RLOO": ("run.seed=1", "ppo.method=rloo", *GROUPS),

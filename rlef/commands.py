@@ -9,12 +9,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from rlef.config import Config, ConfigError, check_context
 from rlef_sandbox import SandboxFault
+
+if TYPE_CHECKING:  # what they import takes a second
+    from rlef.problems import Part
+    from rlef.records import Problem
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -95,18 +99,25 @@ def check_inputs(config: Config) -> None:
     check_layout(shape, config.parallel, config.parallel.learners)
     check_context(config, shape.max_position_embeddings)
     check_sampler(config, shape)
-    Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
-    check_problems_and_executor(config)
+    dialog = Dialog.read(folder, config.rollout)
+    dialog.check_vocabulary(shape.vocab_size)
+    for loaded in check_problems_and_executor(config).values():
+        for problem in loaded:
+            dialog.check_stub(problem.stub, problem.id)
 
 
-def check_problems_and_executor(config: Config) -> None:
+def check_problems_and_executor(config: Config) -> dict[Part, list[Problem]]:
+    """The problems as `problems.check` gives them."""
     from rlef import problems
     from rlef.execution import open_executor, share_of_cores
+    from rlef.unrelated import check_random_feedback
 
-    problems.check(config)
+    loaded = problems.check(config)
+    check_random_feedback(config, loaded["train"])
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.processes))
     share_of_cores(config.executor, os.sched_getaffinity(0), processes=processes_here, index=0)
     try:
         open_executor(config.executor, workers=1).close()
     except (ValueError, SandboxFault) as error:
         raise ConfigError(f"executor: {error}") from None
+    return loaded

@@ -35,6 +35,7 @@ SamplerName = Literal["torch", "vllm"]
 Recompute = Literal["none", "full"]
 DType = Literal["float32", "bfloat16"]
 ProblemOrder = Literal["shuffled", "easy_first"]
+DialectChoice = Literal["own", "code_contests"]
 
 
 class ConfigError(ValueError):
@@ -104,6 +105,7 @@ class ProblemsConfig(Section):
     skip_after_solved: NonNegativeInt = 0  # visits in a row, until a problem is left out; 0: never
     skip_after_unsolved: NonNegativeInt = 0  # the same, of visits that did not solve it
     skip_rounds: PositiveInt = 3  # through the problems, for which it is left out
+    dialect: DialectChoice = "own"  # of feedback: each problem's own, or one for all, without stubs
 
 
 class RolloutConfig(Section):
@@ -146,6 +148,8 @@ class ExecutorConfig(Section):
     memory_cgroup: str = ""  # a cgroup's folder, below which memory is cut off at its limit
     cores: NonNegativeInt = 0  # of a machine, for the programs of all its processes; 0: no budget
     patience_s: PositiveFloat = 60.0  # beyond a test's wall limit, until a silent worker is replaced
+    cache_bytes: NonNegativeInt = 64 << 20  # of results that a process keeps for equal programs; 0: none
+    learn_order: bool = True  # private tests that failed most often first
 
 
 class RewardConfig(Section):
@@ -277,11 +281,6 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"rollout.temperature = {config.rollout.temperature} and rollout.top_p = {config.rollout.top_p}: "
             "the policy is trained on what it samples untempered, so both must be 1 (evaluation has its own)"
-        )
-    if config.rollout.feedback == "random" and (config.rollout.overlap or config.rollout.max_staleness):
-        raise ConfigError(
-            "rollout.feedback = 'random' takes what other programs of the same turn were told, so it needs "
-            "rollout.overlap = false and rollout.max_staleness = 0"
         )
     if bool(config.rollout.few_shot) != bool(config.rollout.max_few_shot_tokens):
         raise ConfigError(

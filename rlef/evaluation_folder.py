@@ -22,6 +22,7 @@ from rlef.measurement import Cell, Draw, draws_of
 from rlef.ports import SamplingParams
 from rlef.records import Problem
 from rlef.transcripts import Transcript, append_transcripts, read_transcripts
+from rlef.unrelated import kind_of_random_feedback
 
 IDENTITY_FILE = "identity.json"
 FIGURES_FILE = "evaluation.json"
@@ -56,6 +57,7 @@ def identity_of(config: Config, problems: Sequence[Problem], *, weights: str | N
         "max_feedback_tokens": rollout.max_feedback_tokens,
         "max_test_characters": rollout.max_test_characters,
         "max_response_tokens": rollout.max_response_tokens,
+        "random_feedback": kind_of_random_feedback(problems),
         "few_shot": examples_digest(rollout.few_shot),
     }
 
@@ -73,6 +75,8 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     for problem in problems:
         shown = (problem.id, problem.statement, problem.public_tests, problem.private_tests)
         digest.update(repr((*shown, problem.time_limit_s, problem.memory_limit_bytes)).encode())
+        if problem.dialect != "code_contests" or problem.stub:  # before there were others, it had no say
+            digest.update(repr((problem.dialect, problem.stub)).encode())
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from rlef.execution import open_executor
 from rlef.few_shot import ExampleDialog, ExampleMessage
 from rlef.ports import Response
 from rlef.records import Problem
-from rlef.rollout import Attempt, feedback_messages
+from rlef.rollout import Attempt, true_message
 from rlef.transcripts import Transcript
 from rlef_sandbox import Executor
 
@@ -26,7 +26,8 @@ def examples_from(config: Config, folder: Path, *, count: int) -> list[ExampleDi
     over.
 
     Raises:
-        ConfigError: the problems are not those of the evaluation, or it has too few such dialogs.
+        ConfigError: the problems are not those of the evaluation or have stubs, or there are too few such
+            dialogs.
     """
     ended = read_ended(folder)
     problems = sources.load(config, "eval")
@@ -34,6 +35,12 @@ def examples_from(config: Config, folder: Path, *, count: int) -> list[ExampleDi
         raise ConfigError(
             f"problems.eval = {config.problems.eval!r} does not name the problems that {folder} evaluated; "
             "set it as for that evaluation"
+        )
+    begun = [problem.id for problem in problems if problem.stub]
+    if begun:
+        raise ConfigError(
+            f"problems.eval: the answer to {begun[0]!r} is begun by a stub, which an example cannot show; "
+            "take examples from problems without"
         )
     with open_executor(config.executor) as executor:
         made = _made(ended, problems, config.rollout, executor)
@@ -83,5 +90,5 @@ def _example(
         attempt.add_turn(unread, turn.code, results)
         if attempt.turns[-1].outcome is not turn.outcome:
             return None
-        text = feedback_messages([attempt], "true", settings)[0]
+        text = true_message(attempt, settings)
     return ExampleDialog(problem_id=problem.id, messages=tuple(messages))

@@ -8,7 +8,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, BinaryIO, Literal, get_args
@@ -20,7 +20,16 @@ from rlef.config import Config, ConfigError, ExecutorConfig, ProblemsConfig
 from rlef.few_shot import read_examples, require_other_problems
 from rlef.files import replacing
 from rlef.judging import CHECKER_LIMITS
-from rlef.records import Assertion, Expression, Problem, ProblemFlag, ProblemTest, text_input
+from rlef.prompts import with_stub
+from rlef.records import (
+    Assertion,
+    Expression,
+    FeedbackDialect,
+    Problem,
+    ProblemFlag,
+    ProblemTest,
+    text_input,
+)
 from rlef_sandbox import Call, Checker, Judge, Test, Tokens
 
 Part = Literal["train", "eval"]
@@ -121,6 +130,8 @@ class ProblemRow(_Row):
     difficulty: str = ""
     rating: int | None = None
     solve_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    dialect: FeedbackDialect = "code_contests"
+    stub: str = ""
 
 
 def load(config: Config, part: Part) -> list[Problem]:
@@ -165,14 +176,19 @@ def _load(config: Config, part: Part) -> list[Problem]:
             )
     if part == "train" and config.problems.order == "easy_first":
         hardness(problems)
-    return problems
+    return problems if config.problems.dialect == "own" else [_without_dialect(each) for each in problems]
 
 
-def check(config: Config) -> None:
-    """Raises what `load` would, without making the problems of the embedded source."""
-    one_each = config.problems.model_copy(update={"train_size": 1, "eval_size": 1})
-    for part in get_args(Part):
-        load(config.model_copy(update={"problems": one_each}), part)
+def _without_dialect(problem: Problem) -> Problem:
+    statement = with_stub(problem.statement, problem.stub)
+    return replace(problem, dialect="code_contests", stub="", statement=statement)
+
+
+def check(config: Config) -> dict[Part, list[Problem]]:
+    """Raises what `load` would. What it would give, but two problems at most of the embedded source."""
+    sizes = {f"{part}_size": min(2, getattr(config.problems, f"{part}_size")) for part in get_args(Part)}
+    small = config.model_copy(update={"problems": config.problems.model_copy(update=sizes)})
+    return {part: load(small, part) for part in get_args(Part)}
 
 
 def read_jsonl(
@@ -230,6 +246,8 @@ def line_of(problem: Problem) -> str:
         "difficulty": problem.difficulty,
         "rating": problem.rating,
         "solve_rate": problem.solve_rate,
+        "dialect": "" if problem.dialect == "code_contests" else problem.dialect,
+        "stub": problem.stub,
     }
     fields |= {name: value for name, value in optional.items() if value not in ([], "", None)}
     line = json.dumps(fields, ensure_ascii=False) + "\n"
@@ -378,6 +396,8 @@ def problem_of(row: object, place: str, *, defaults: ExecutorConfig, max_test_by
         difficulty=fields.difficulty,
         rating=fields.rating,
         solve_rate=fields.solve_rate,
+        dialect=fields.dialect,
+        stub=fields.stub,
     )
     require_judgeable(problem, place, max_test_bytes=max_test_bytes)
     return problem
@@ -399,6 +419,13 @@ def require_judgeable(problem: Problem, place: str, *, max_test_bytes: int) -> N
         )
     if needs_function and not problem.function:
         raise ConfigError(f"{place}: field 'function': missing; name what the tests call")
+    if problem.dialect == "evalplus" and kind is Test:
+        raise ConfigError(
+            f"{place}: field 'dialect': 'evalplus' tells tests as assertions, and these have text for input; "
+            "leave it out"
+        )
+    if "```" in problem.stub:
+        raise ConfigError(f"{place}: field 'stub': three backticks would end the code that it begins")
     for name in ("public_tests", "private_tests"):
         for index, test in enumerate(getattr(problem, name)):
             _require_usable(test, place, f"{name}.{index}", max_test_bytes)

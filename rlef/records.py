@@ -42,6 +42,11 @@ ProblemFlag = Literal["interactive", "several_answers"]
 where the tests name one."""
 
 
+FeedbackDialect = Literal["code_contests", "evalplus"]
+"""How feedback tells of public tests: the failing ones with input and output, as the paper does for
+CodeContests, or all of them as assertions with values, as it does for HumanEval+ and MBPP+."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One programming task. Public tests feed the dialog, private tests only the reward.
@@ -68,6 +73,8 @@ class Problem:
     solve_rate: float | None = (
         None  # of some model's dialogs about it, as `rlef problems select` has measured
     )
+    dialect: FeedbackDialect = "code_contests"
+    stub: str = ""  # what the code of every response begins with; prefilled, so the policy is not charged
 
 
 def text_input(test: ProblemTest) -> str:

@@ -33,6 +33,7 @@ from rlef.rollout import collect as collect_in_lockstep
 from rlef.samplers import build_sampler
 from rlef.stopping import StopRequest
 from rlef.streaming import collect_overlapped, merged
+from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
 from rlef.words import Words
 
 
@@ -107,10 +108,13 @@ class OwnRollouts:
         dtype = getattr(torch, config.parallel.dtype)  # in which the networks have them, and push them later
         rounded = ((name, whole.to(dtype)) for name, whole in StoredWeights(folder).tensors())
         self._sampler.push(rounded, version=0)
-        self._cursor = sources.training_cursor(sources.load(config, "train"), config)
+        problems = sources.load(config, "train")
+        self._cursor = sources.training_cursor(problems, config)
         self._origin = 0  # where in the problems step 0 began
         self._curriculum: Curriculum | None = None  # where outcomes decide on problems, from `start` on
         self._eval_problems = sources.load(config, "eval")
+        self._unrelated = unrelated_feedback(problems, config.rollout)
+        self._unrelated_held_out = unrelated_feedback(self._eval_problems, config.rollout)
         self._executor = stack.enter_context(open_executor(config.executor))
         self._asynchronous: AsynchronousRollouts | None = None  # until `start`
         self._device = job.device
@@ -156,12 +160,13 @@ class OwnRollouts:
         **settings: Unpack[EvaluationSettings],
     ) -> Collection:
         """This process's share. Meanwhile training episodes wait."""
-        overlap = self._config.rollout.overlap and settings["feedback"] != "random"
+        unrelated = self._unrelated_held_out
+        overlap = self._config.rollout.overlap and (settings["feedback"] != "random" or unrelated is not None)
         with nullcontext() if self._asynchronous is None else self._asynchronous.paused():
             return (collect_overlapped if overlap else collect_in_lockstep)(
                 problems[self._index :: self._of],
                 numbers=numbers[self._index :: self._of],
-                **self._settings(**settings),
+                **self._settings(**settings, unrelated=unrelated),
             )
 
     def evaluate_held_out(
@@ -202,9 +207,15 @@ class OwnRollouts:
             max_tokens=rollout.max_response_tokens,
             seed=self._config.run.seed,
         )
-        return self._settings(params, rollout.turns, rollout.feedback)
+        return self._settings(params, rollout.turns, rollout.feedback, self._unrelated)
 
-    def _settings(self, params: SamplingParams, turns: int, feedback: FeedbackKind) -> CollectSettings:
+    def _settings(
+        self,
+        params: SamplingParams,
+        turns: int,
+        feedback: FeedbackKind,
+        unrelated: UnrelatedFeedback | None,
+    ) -> CollectSettings:
         return CollectSettings(
             sampler=self._sampler,
             executor=self._executor,
@@ -213,6 +224,7 @@ class OwnRollouts:
             params=params,
             turns=turns,
             feedback=feedback,
+            unrelated=unrelated,
         )
 
 

@@ -1,7 +1,9 @@
 """Dialogs with a model behind a server: `rollout.collect` for messages instead of token ids.
 
-The messages are those that our own policies get. Limits in tokens (`rollout.max_prompt_tokens`,
-`rollout.max_feedback_tokens`) do not apply, since only the server has the tokenizer.
+The messages are those that our own policies get. Not every server goes on from the
+beginning of an answer, so the stub of a problem stands in its statement, and the answer is to hold it. Limits
+in tokens (`rollout.max_prompt_tokens`, `rollout.max_feedback_tokens`) do not apply, since only the server has
+the tokenizer.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from rlef.ports import Response, SamplingParams
 from rlef.records import Problem
 from rlef.rollout import Attempt, feedback_messages, judge_attempts
 from rlef.transcripts import Transcript, TranscriptTurn
+from rlef.unrelated import UnrelatedFeedback
 from rlef_sandbox import Executor
 
 
@@ -61,6 +64,7 @@ def collect_served(
     turns: int,
     feedback: FeedbackKind,
     examples: Sequence[ExampleDialog] = (),
+    unrelated: UnrelatedFeedback | None = None,
 ) -> list[Transcript]:
     """One dialog per problem, in their order; `numbers` and the turn key the seed of each request.
 
@@ -77,7 +81,7 @@ def collect_served(
     dialogs = [
         _Served(
             Attempt(problem, number, []),
-            [*shown, ChatMessage(role="user", content=prompts.prompt_text(problem.statement))],
+            [*shown, ChatMessage(role="user", content=_request(problem))],
         )
         for problem, number in zip(problems, numbers, strict=True)
     ]
@@ -92,13 +96,24 @@ def collect_served(
         live = [dialog for dialog in live if not dialog.attempt.passed_public]
         if turn == turns - 1 or not live:
             break
-        texts = feedback_messages([dialog.attempt for dialog in live], feedback, settings)
+        texts = feedback_messages(
+            [dialog.attempt for dialog in live],
+            feedback,
+            settings,
+            unrelated=unrelated,
+            seed=params.seed,
+            executor=executor,
+        )
         for dialog, text in zip(live, texts, strict=True):
             dialog.messages.append(ChatMessage(role="assistant", content=dialog.replies[-1].text))
             dialog.messages.append(ChatMessage(role="user", content=text))
     judge_attempts([dialog.attempt for dialog in dialogs if dialog.attempt.passed_public], executor)
     share = (time.monotonic() - started) / len(dialogs)
     return [dialog.transcript(share) for dialog in dialogs]
+
+
+def _request(problem: Problem) -> str:
+    return prompts.prompt_text(prompts.with_stub(problem.statement, problem.stub))
 
 
 def _execute(dialogs: Sequence[_Served], replies: Sequence[Reply], executor: Executor) -> None:

@@ -35,6 +35,7 @@ from rlef.samplers import build_sampler
 from rlef.served_rollouts import collect_served
 from rlef.shards import stage_weights
 from rlef.transcripts import Transcript, of_episode
+from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
 from rlef_sandbox import Executor
 
 SOURCE = "source"
@@ -56,8 +57,9 @@ _OTHER_FILES = (
 
 def evaluate_model(config: Config) -> dict[str, Any]:
     """The four conditions on `problems.eval`, in this process alone; figures as in `summary.json`."""
-    with _model(config) as model:
-        evaluation = evaluate(sources.load(config, "eval"), rollouts=model.episodes, config=config)
+    problems = sources.load(config, "eval")
+    with _model(config, problems) as model:
+        evaluation = evaluate(problems, rollouts=model.episodes, config=config)
     return summarise(evaluation)
 
 
@@ -76,7 +78,7 @@ def evaluate_matrix(config: Config, path: Path, *, note: Callable[[str], None]) 
     drawn = {draw: folder.read(draw, problems) for draw in draws_of(config.evaluation)}
     missing = [draw for draw, kept in drawn.items() if len(kept) < draw.rollouts * len(problems)]
     if missing:
-        with (_server if is_served else _transcribed_model)(config) as play:
+        with (_server if is_served else _transcribed_model)(config, problems) as play:
             for draw in missing:
                 folder.complete(
                     draw,
@@ -105,6 +107,7 @@ class _Model:
     executor: Executor
     dialog: Dialog
     rollout: RolloutConfig
+    unrelated: UnrelatedFeedback | None
 
     def episodes(self, problems: Sequence[Problem], **settings: Any) -> Sequence[Episode]:
         return collect(
@@ -113,6 +116,7 @@ class _Model:
             executor=self.executor,
             dialog=self.dialog,
             settings=self.rollout,
+            unrelated=self.unrelated,
             **settings,
         ).episodes
 
@@ -124,7 +128,7 @@ class _Model:
 
 
 @contextmanager
-def _model(config: Config) -> Iterator[_Model]:
+def _model(config: Config, problems: Sequence[Problem]) -> Iterator[_Model]:
     folder = model_folder(config.model.path)
     shape, weights = read_pretrained(folder)
     dialog = Dialog.read(folder, config.rollout)
@@ -133,17 +137,23 @@ def _model(config: Config) -> Iterator[_Model]:
         open_executor(config.executor) as executor,
     ):
         sampler.push(weights.items(), version=0)
-        yield _Model(sampler=sampler, executor=executor, dialog=dialog, rollout=config.rollout)
+        yield _Model(
+            sampler=sampler,
+            executor=executor,
+            dialog=dialog,
+            rollout=config.rollout,
+            unrelated=unrelated_feedback(problems, config.rollout),
+        )
 
 
 @contextmanager
-def _transcribed_model(config: Config) -> Iterator[Play]:
-    with _model(config) as model:
+def _transcribed_model(config: Config, problems: Sequence[Problem]) -> Iterator[Play]:
+    with _model(config, problems) as model:
         yield model.transcripts
 
 
 @contextmanager
-def _server(config: Config) -> Iterator[Play]:
+def _server(config: Config, problems: Sequence[Problem]) -> Iterator[Play]:
     with closing(ChatServer(config.server)) as server, open_executor(config.executor) as executor:
         yield functools.partial(
             collect_served,
@@ -151,6 +161,7 @@ def _server(config: Config) -> Iterator[Play]:
             executor=executor,
             settings=config.rollout,
             examples=read_examples(config.rollout.few_shot),
+            unrelated=unrelated_feedback(problems, config.rollout),
         )
 
 

@@ -273,6 +273,8 @@ class Run:
                 "executor/retries": float(collection.tally.retries),
                 "executor/longest_s": collection.tally.longest_s,
                 "executor/alone_s": collection.tally.alone_s,
+                "executor/cache_hits": float(collection.tally.recalled),
+                "executor/cache_saved_s": collection.tally.recalled_s,
             }
         )
 

@@ -24,7 +24,7 @@ from rlef.records import Episode, TurnOutcome
 class TranscriptTurn:
     """One response, and what its public tests said."""
 
-    response: str
+    response: str  # what was sampled, without the stub that it may go on from
     code: str | None
     outcome: TurnOutcome
     finish_reason: str  # "stop" or "length"

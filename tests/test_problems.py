@@ -83,6 +83,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         },
         {"public_tests": [CALL], "private_tests": [CALL, CALL], "function": "solve"},
         {"public_tests": [VALUE], "private_tests": [VALUE], "function": "f"},
+        {"public_tests": [VALUE], "private_tests": [VALUE], "dialect": "evalplus", "stub": "def f(n):\n"},
         {"public_tests": [RAISES], "private_tests": [RAISES], "solutions": ["def f(n): return n + 1"]},
     ],
 )
@@ -173,6 +174,9 @@ def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
             "private_tests.0.expected",
         ),
         ({"public_tests": [RAISES], "private_tests": [{"assertion": " "}]}, "private_tests.0.assertion"),
+        ({"dialect": "mine"}, "dialect"),
+        ({"dialect": "evalplus"}, "dialect"),
+        ({"stub": "```\n"}, "stub"),
     ],
 )
 def test_a_bad_field_is_reported_with_its_line_and_name(
@@ -180,6 +184,21 @@ def test_a_bad_field_is_reported_with_its_line_and_name(
 ) -> None:
     path = write(tmp_path / "p.jsonl", GOOD, GOOD | {"id": "other"} | change)
     assert f"p.jsonl, line 2: field '{field}'" in error_of(path)
+
+
+def test_one_dialect_for_all_takes_the_stub_into_the_statement(tmp_path: Path) -> None:
+    fields = {
+        "public_tests": [RAISES],
+        "private_tests": [RAISES],
+        "dialect": "evalplus",
+        "stub": "def f(n):\n",
+    }
+    path = str(write(tmp_path / "p.jsonl", GOOD | fields))
+    (own,) = load(Config(problems=ProblemsConfig(train=path)), "train")
+    (one,) = load(Config(problems=ProblemsConfig(train=path, dialect="code_contests")), "train")
+    assert (own.dialect, own.stub, own.statement) == ("evalplus", "def f(n):\n", GOOD["statement"])
+    assert (one.dialect, one.stub) == ("code_contests", "")
+    assert one.statement.endswith("\n\nBegin your program with this:\n\ndef f(n):\n")
 
 
 def test_an_id_that_comes_twice_names_both_lines(tmp_path: Path) -> None:

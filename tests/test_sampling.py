@@ -169,7 +169,11 @@ def content(step: Sequence[Episode]) -> list[tuple[Any, ...]]:
 
 def untimed(run: Path) -> list[dict[str, float]]:
     def is_time(name: str) -> bool:
-        return name.startswith(("seconds", "slowest_rank", "executor/")) or name.endswith("_per_s")
+        return (
+            name == "tests_run"
+            or name.startswith(("seconds", "slowest_rank", "executor/"))
+            or name.endswith("_per_s")
+        )
 
     lines = read_lines(run / "metrics.jsonl")
     return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from rlef.transcripts import Transcript, of_episode
 from rlef_sandbox import Executor
 from tests.chat_servers import Answer, Served, completion, serving
 from tests.test_few_shot import example
+from tests.test_golden_dialogs import HUMAN_EVAL_PLUS, program
 from tests.test_rollout import DOUBLE, PARAMS, PLUS_TWO, SETTINGS, SQUARE, problem, runner
 
 
@@ -65,6 +67,7 @@ def last_message(dialog: Dialog, token_ids: list[int]) -> str:
     return text.split("<|user|>")[-1].removesuffix("<|assistant|>")
 
 
+RIGHT_BODY = "    return sum(numbers) + start\n"
 SCRIPTS = ([PLUS_TWO, DOUBLE], [SQUARE], ["no idea", PLUS_TWO, PLUS_TWO], [PLUS_TWO, "no idea", DOUBLE])
 
 
@@ -89,6 +92,30 @@ def test_the_server_is_sent_the_whole_dialog_so_far(executor: Executor) -> None:
     assert [message["role"] for message in served.requests[1]["messages"]] == ["user", "assistant", "user"]
     assert served.requests[1]["messages"][1]["content"] == PLUS_TWO
     assert served.requests[1]["messages"][2]["content"] == untold_text()
+
+
+def test_a_stub_stands_in_the_statement_and_the_answer_holds_it(executor: Executor) -> None:
+    given = HUMAN_EVAL_PLUS
+    answers = [program(HUMAN_EVAL_PLUS.stub + body) for body in ("    return sum(numbers)", RIGHT_BODY)]
+    with serving(lambda body, before: completion(answers[len(body["messages"]) // 2])) as served:
+        server = ChatServer(ServerConfig(url=served.url, model="m", retries=0))
+        (found,) = collect_served(
+            [replace(given, statement="Write it.")],
+            numbers=[0],
+            server=server,
+            executor=executor,
+            settings=SETTINGS,
+            params=PARAMS,
+            turns=2,
+            feedback="true",
+        )
+        server.close()
+    first, second = (body["messages"] for body in served.requests)
+    assert [message["role"] for message in first] == ["user"]
+    assert first[0]["content"] == prompt_text(f"Write it.\n\nBegin your program with this:\n\n{given.stub}")
+    assert "- failed: assert add_all([], 1) == 1\nadd_all([], 1) is 0\n" in second[2]["content"]
+    assert [turn.outcome for turn in found.turns] == ["wrong_output", "passed"]
+    assert found.solved
 
 
 def test_seeds_differ_between_dialogs_and_turns_and_are_the_same_again(executor: Executor) -> None:

@@ -29,6 +29,8 @@ FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 
 FeedbackKind = Literal["true", "none", "random"]
 ValueLevel = Literal["turn", "token"]
+GroupMethod = Literal["grpo", "rloo"]
+Method = Literal["ppo", "grpo", "rloo", "sft"]
 SamplerName = Literal["torch", "vllm"]
 Recompute = Literal["none", "full"]
 DType = Literal["float32", "bfloat16"]
@@ -121,6 +123,13 @@ class RolloutConfig(Section):
     overlap: bool = False  # programs run while other episodes decode; results depend on the clock by rounding
     max_staleness: NonNegativeInt = 0  # versions that a token may be older than the weights it trains
     timeout_s: PositiveInt = 3600  # of the wait for a step's episodes: see docs/settings.md
+    rollouts_per_problem: PositiveInt = 1  # of one step: the group that grpo and rloo compare
+    few_shot: str = ""  # a JSONL file of example dialogs, which stand before each problem's own
+    max_few_shot_tokens: NonNegativeInt = 0  # that the examples may take
+
+    @property
+    def problems_per_step(self) -> int:
+        return self.episodes_per_step // self.rollouts_per_problem
 
 
 class VllmConfig(Section):
@@ -160,6 +169,17 @@ class PPOConfig(Section):
     normalise_advantages: bool = True
     value_warmup_steps: NonNegativeInt = 0  # first steps that train the value network alone
     micro_batch_tokens: PositiveInt = 16384
+    method: Method = "ppo"  # what the policy learns from: see docs/settings.md
+
+    @property
+    def has_value(self) -> bool:
+        """Whether a value network is built and trained."""
+        return self.method == "ppo"
+
+    @property
+    def group_method(self) -> GroupMethod | None:
+        """How an episode is measured against others of the same problem, if it is."""
+        return self.method if self.method in ("grpo", "rloo") else None
 
 
 class OptimizerConfig(Section):
@@ -262,6 +282,11 @@ def check_arithmetic(config: Config) -> None:
             f"rollout.temperature = {config.rollout.temperature} and rollout.top_p = {config.rollout.top_p}: "
             "the policy is trained on what it samples untempered, so both must be 1 (evaluation has its own)"
         )
+    if bool(config.rollout.few_shot) != bool(config.rollout.max_few_shot_tokens):
+        raise ConfigError(
+            f"rollout.few_shot = {config.rollout.few_shot!r} and rollout.max_few_shot_tokens = "
+            f"{config.rollout.max_few_shot_tokens}: set both, a file of examples and their room, or neither"
+        )
     _check_evaluation(config.evaluation)
     episodes, updates = config.rollout.episodes_per_step, config.ppo.updates_per_step
     if episodes % updates:
@@ -269,6 +294,7 @@ def check_arithmetic(config: Config) -> None:
             f"rollout.episodes_per_step = {episodes} is not a multiple of ppo.updates_per_step = {updates}; "
             f"use {max(1, episodes // updates) * updates}"
         )
+    _check_method(config)
     parallel = config.parallel
     if parallel.sampling_processes >= parallel.processes:
         raise ConfigError(
@@ -300,6 +326,39 @@ def check_arithmetic(config: Config) -> None:
         )
 
 
+def _check_method(config: Config) -> None:
+    episodes, rollouts = config.rollout.episodes_per_step, config.rollout.rollouts_per_problem
+    if episodes % rollouts:
+        raise ConfigError(
+            f"rollout.episodes_per_step = {episodes} is not a multiple of rollout.rollouts_per_problem = "
+            f"{rollouts}; use {max(1, episodes // rollouts) * rollouts}"
+        )
+    ppo = config.ppo
+    if ppo.group_method is not None:
+        if rollouts < 2:
+            raise ConfigError(
+                f"ppo.method = {ppo.method!r} compares the rollouts of one problem, and "
+                f"rollout.rollouts_per_problem = {rollouts}; use at least 2, such as 8"
+            )
+        if config.rollout.problems_per_step % ppo.updates_per_step:
+            share = rollouts * ppo.updates_per_step
+            raise ConfigError(
+                f"rollout.episodes_per_step = {episodes} is not a multiple of rollout.rollouts_per_problem x "
+                f"ppo.updates_per_step = {share}, so that each update has whole groups; "
+                f"use {max(1, episodes // share) * share}"
+            )
+    if not ppo.has_value and ppo.value_level != "turn":
+        raise ConfigError(
+            f"ppo.value_level = {ppo.value_level!r} is of a value network, and ppo.method = "
+            f"{ppo.method!r} has none; set ppo.value_level=turn"
+        )
+    if not ppo.has_value and ppo.value_warmup_steps:
+        raise ConfigError(
+            f"ppo.value_warmup_steps = {ppo.value_warmup_steps} is of a value network, and ppo.method = "
+            f"{ppo.method!r} has none; set ppo.value_warmup_steps=0"
+        )
+
+
 def of_learners(config: Config) -> Config:
     """The settings without the processes that only sample, for what takes the learners alone."""
     sizes = {"processes": config.parallel.learners, "sampling_processes": 0}
@@ -322,7 +381,8 @@ def longest_dialog(config: Config) -> int:
     """The most tokens that an episode of training or evaluation can have."""
     rollout, turns = config.rollout, max(config.rollout.turns, config.evaluation.turns)
     feedback = rollout.max_feedback_tokens + 1  # an unfinished response is closed by an end-of-turn token
-    return rollout.max_prompt_tokens + turns * rollout.max_response_tokens + (turns - 1) * feedback
+    told = rollout.max_few_shot_tokens + rollout.max_prompt_tokens + (turns - 1) * feedback
+    return told + turns * rollout.max_response_tokens
 
 
 def check_context(config: Config, max_position_embeddings: int) -> None:
@@ -331,7 +391,8 @@ def check_context(config: Config, max_position_embeddings: int) -> None:
     if longest > max_position_embeddings:
         raise ConfigError(
             f"a dialog can grow to {longest} tokens "
-            f"(rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}, "
+            f"(rollout.max_few_shot_tokens = {config.rollout.max_few_shot_tokens}, "
+            f"rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}, "
             f"rollout.max_response_tokens = {config.rollout.max_response_tokens}, "
             f"rollout.max_feedback_tokens = {config.rollout.max_feedback_tokens}, "
             f"rollout.turns = {config.rollout.turns}, evaluation.turns = {config.evaluation.turns}), "
@@ -350,6 +411,7 @@ def describe_arithmetic(config: Config) -> dict[str, int]:
         "processes that sample": parallel.samplers,
         "data-parallel replicas": data_parallel,
         "episodes a step": episodes,
+        "problems a step": config.rollout.problems_per_step,
         "episodes sampled by each process (at most)": -(-episodes // parallel.samplers),
         "sequences an update": episodes // config.ppo.updates_per_step,
         "sequences an update and replica (at most)": -(

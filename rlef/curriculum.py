@@ -54,7 +54,7 @@ class Curriculum:
         """
         self._cursor = cursor
         self._settings = config.problems
-        self._episodes_per_step = config.rollout.episodes_per_step
+        self._rollout = config.rollout
         self._max_staleness = config.rollout.max_staleness
         self._step = step  # of which nothing is recorded
         self._chosen: list[list[Problem]] = []  # of that step and those after it
@@ -85,10 +85,19 @@ class Curriculum:
         return self._chosen[step - self._step]
 
     def record(self, solved: Sequence[bool]) -> Progress:
-        """What came of the problems of the earliest step that is not recorded, in their order."""
+        """What came of the rollouts of the earliest step that is not recorded, in the order of its problems.
+
+        A visit ends alike if all rollouts of the problem do; if only some solve it, there is something to
+        learn, and it counts as none before.
+        """
         self.problems_of(self._step + self._max_staleness)  # which these outcomes must not decide on
-        for problem, is_solved in zip(self._chosen.pop(0), solved, strict=True):
-            self._count(problem.id, is_solved)
+        each = self._rollout.rollouts_per_problem
+        visits = [solved[start : start + each] for start in range(0, len(solved), each)]
+        for problem, visit in zip(self._chosen.pop(0), visits, strict=True):
+            if all(visit) or not any(visit):
+                self._count(problem.id, visit[0])
+            else:
+                self._streaks[problem.id] = 0
         self._step += 1
         return Progress(
             problems=len(self._cursor.problems),
@@ -101,7 +110,7 @@ class Curriculum:
     def _choose(self) -> list[Problem]:
         """The next problems that are not left out. It ends, since no problem is for ever."""
         chosen: list[Problem] = []
-        while len(chosen) < self._episodes_per_step:
+        while len(chosen) < self._rollout.problems_per_step:
             now = self._cursor.round
             (problem,) = self._cursor.take(1)
             if self._skipped_until.get(problem.id, -1) < now:

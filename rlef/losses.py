@@ -93,6 +93,27 @@ def policy_loss(
     }
 
 
+def imitation_loss(
+    logits: Tensor,  # [tokens, vocab / ranks]
+    batch: Batch,
+    *,
+    normaliser: float | Tensor,
+    rows: Tensor | None = None,  # [rows of the logits] as in `token_logprobs`
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the response tokens, divided by `normaliser`, and its statistics.
+
+    With `normaliser` the number of response tokens in the whole update, `loss` adds up to the mean over those
+    tokens, and `tokens` to their number.
+    """
+    tokens, predicting = _predicted(batch, rows)
+    logprobs = rlef_kernels.logprobs_from_logits(
+        logits, batch.token_ids[tokens], rows=predicting, group=group
+    ).logprobs
+    loss = -logprobs.sum() / normaliser
+    return loss, {"loss": loss.detach(), "tokens": torch.tensor(float(tokens.numel()), device=loss.device)}
+
+
 def value_loss(
     values: Tensor,  # [values]
     batch: Batch,

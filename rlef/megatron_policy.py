@@ -111,7 +111,12 @@ def leave() -> None:
 
 
 def build_networks(
-    shape: ModelShape, weights: Weights, *, parallel: ParallelConfig, optimizer: OptimizerConfig
+    shape: ModelShape,
+    weights: Weights,
+    *,
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    has_value: bool = True,
 ) -> Networks:
     """Policy, frozen reference and value network, all from the same Hugging Face weights (PAPER section 2).
 
@@ -128,9 +133,11 @@ def build_networks(
     reference = MegatronNetwork(
         shape, weights, head="logits", parallel=parallel, offloaded=parallel.offload_reference
     )
-    value = MegatronNetwork(
-        shape, weights, head="value", parallel=parallel, optimizer=optimizer, lr=optimizer.value_lr
-    )
+    value = None
+    if has_value:
+        value = MegatronNetwork(
+            shape, weights, head="value", parallel=parallel, optimizer=optimizer, lr=optimizer.value_lr
+        )
     return Networks(policy=policy, reference=reference, value=value, parallel=state)
 
 

@@ -58,13 +58,14 @@ def workload_of(config: Config, assumptions: Assumptions, *, longest_tokens: int
         updates=config.ppo.updates_per_step,
         turns=max(1.0, assumptions.turn_share * rollout.turns),
         max_turns=rollout.turns,
-        prompt_tokens=assumptions.prompt_share * rollout.max_prompt_tokens,
+        prompt_tokens=rollout.max_few_shot_tokens + assumptions.prompt_share * rollout.max_prompt_tokens,
         response_tokens=assumptions.response_share * rollout.max_response_tokens,
         max_response_tokens=rollout.max_response_tokens,
         feedback_tokens=assumptions.feedback_share * rollout.max_feedback_tokens,
         longest_tokens=longest_tokens,
         micro_batch_tokens=config.ppo.micro_batch_tokens,
         slots=rollout.slots,
+        has_value=config.ppo.has_value,
     )
 
 

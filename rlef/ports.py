@@ -204,9 +204,13 @@ class Network(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Networks:
-    """What an engine builds: the learning policy, its frozen start, and the value network."""
+    """What an engine builds: the learning policy, its frozen start, and perhaps the value network."""
 
     policy: Network
     reference: Network
-    value: Network
+    value: Network | None
     parallel: ParallelState
+
+    def trained(self) -> dict[str, Network]:
+        """Those that learn, under their names in a checkpoint."""
+        return {"policy": self.policy} | ({} if self.value is None else {"value": self.value})

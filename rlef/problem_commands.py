@@ -1,4 +1,5 @@
-"""`rlef problems convert|check|select|contamination`: what the command line does with files of problems."""
+"""`rlef problems convert|check|select|contamination|examples`: what the command line does with files of
+problems."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rlef.commands import errors_in_one_line, require_file, require_other_file, require_writable
-from rlef.config import Config, ConfigError
+from rlef.config import Config, ConfigError, load_config
 from rlef.files import write_text
 from rlef_sandbox import Executor, SandboxFault
 
@@ -157,6 +158,29 @@ def check_problem_file(
         f"{found['incorrect_solutions']} known-wrong programs were run {runs} times"
     )
     sys.exit(bool(found["amiss"]))
+
+
+@problems_group.command("examples")
+@click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="EVALUATION", type=click.Path(path_type=Path))
+@click.argument("output", metavar="OUTPUT", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[SECTION.KEY=VALUE]...", nargs=-1)
+@click.option("--count", type=click.IntRange(min=1), default=2, show_default=True, help="Of dialogs.")
+@errors_in_one_line
+def write_example_dialogs(
+    config_file: Path, folder: Path, output: Path, overrides: tuple[str, ...], count: int
+) -> None:
+    """Write dialogs of EVALUATION that feedback led to a solution to OUTPUT, a file for rollout.few_shot.
+
+    EVALUATION is the folder of `rlef eval --episodes`; CONFIG must name its problems as problems.eval.
+    """
+    from rlef.few_shot import write_examples
+    from rlef.few_shot_examples import examples_from
+
+    require_writable(output)
+    examples = examples_from(load_config(config_file, overrides), folder, count=count)
+    write_examples(output, examples)
+    click.echo(f"wrote {output}: {len(examples)} dialogs")
 
 
 @problems_group.command("select")

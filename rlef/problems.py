@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from rlef import hidden_conventions
 from rlef.config import Config, ConfigError, ExecutorConfig, ProblemsConfig
+from rlef.few_shot import read_examples, require_other_problems
 from rlef.files import replacing
 from rlef.judging import CHECKER_LIMITS
 from rlef.prompts import with_stub
@@ -136,6 +137,13 @@ class ProblemRow(_Row):
 def load(config: Config, part: Part) -> list[Problem]:
     """All problems of `problems.train` or `problems.eval`: of a JSONL file, or as many of the embedded source
     as the settings say. A `ConfigError` names the setting."""
+    problems = _load(config, part)
+    if part == "eval":
+        require_other_problems(read_examples(config.rollout.few_shot), [problem.id for problem in problems])
+    return problems
+
+
+def _load(config: Config, part: Part) -> list[Problem]:
     setting = f"problems.{part}"
     source: str = getattr(config.problems, part)
     if source.startswith(_EMBEDDED_PREFIX):

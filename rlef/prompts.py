@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from rlef.config import ConfigError, RolloutConfig
+from rlef.few_shot import ExampleDialog, read_examples
 from rlef.judging import shown
 from rlef.records import ProblemTest, TurnOutcome
 from rlef_sandbox import Result, Verdict
@@ -199,7 +200,8 @@ class Dialog:
 
     `user` stands before a message of the user, `assistant` between it and the response, and the token `end`
     ends the response. `first` takes the place of `user` at the start, where a system message may belong. Each
-    but `end` is a token, or a text with special tokens in it.
+    but `end` is a token, or a text with special tokens in it. `examples` are whole dialogs that stand before
+    each prompt.
     """
 
     def __init__(
@@ -211,6 +213,7 @@ class Dialog:
         assistant: str,
         end: str,
         first: str | None = None,
+        examples: Sequence[ExampleDialog] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
@@ -223,6 +226,8 @@ class Dialog:
             True  # a statement or an output that spells a role marker stays text
         )
         self._cut_ids = self._encode(CUT_MARK)
+        self._opening_ids = self._user_ids if examples else self._first_ids
+        self._example_ids = self._of_examples(examples)
         self._check_room()
 
     @classmethod
@@ -242,7 +247,7 @@ class Dialog:
             raise ConfigError(
                 f"model.path: {folder / 'tokenizer.json'} cannot be read ({error}); copy it again"
             ) from None
-        return cls(tokenizer, settings, **markers)
+        return cls(tokenizer, settings, **markers, examples=read_examples(settings.few_shot))
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Every token that the tokenizer can give must have its row in the model's embedding."""
@@ -255,10 +260,12 @@ class Dialog:
             )
 
     def prompt(self, statement: str, *, stub: str = "") -> list[int]:
-        """Token ids of the first message and of the stub, cut on the left to `max_prompt_tokens`."""
+        """Token ids of the examples, and of the first message and the stub, which are cut on the left to
+        `max_prompt_tokens`."""
         begun = self._begun(stub)
-        room = self._room(self._first_ids, self._settings.max_prompt_tokens) - len(begun)
-        return [*self._first_ids, *self._encode(prompt_text(statement))[-room:], *self._assistant_ids, *begun]
+        room = self._room(self._opening_ids, self._settings.max_prompt_tokens) - len(begun)
+        message = self._encode(prompt_text(statement))[-room:]
+        return [*self._example_ids, *self._opening_ids, *message, *self._assistant_ids, *begun]
 
     def feedback(self, text: str, *, stub: str = "") -> list[int]:
         """Token ids of a feedback message, cut on the right, and marked, and of the stub with which the next
@@ -287,8 +294,11 @@ class Dialog:
         """Text of the message in what stands before a response, without the markers around it and the stub.
 
         `observed` begins as the dialog does, or where the response before it ended, be it whole or cut off.
+        Examples before the dialog are not of the message.
         """
         ids = list(observed)
+        if ids[: len(self._example_ids)] == self._example_ids:
+            ids = ids[len(self._example_ids) :]
         beginnings = (self._first_ids, self._user_ids, [self.end_token_id, *self._user_ids])
         opening = max(len(marker) for marker in beginnings if ids[: len(marker)] == marker)
         return self.decode(ids[opening : len(ids) - len(self._assistant_ids) - len(self._begun(stub))])
@@ -304,6 +314,23 @@ class Dialog:
         """Token ids of a whole response that ends its turn (for supervised dialogs)."""
         return [*self._encode(text), self.end_token_id]
 
+    def _of_examples(self, examples: Sequence[ExampleDialog]) -> list[int]:
+        """One whole dialog after the other, of which only the first begins as a dialog does."""
+        ids: list[int] = []
+        for message in (message for example in examples for message in example.messages):
+            if message.role == "assistant":
+                ids += self.response(message.content)
+            else:
+                opening = self._user_ids if ids else self._first_ids
+                ids += [*opening, *self._encode(message.content), *self._assistant_ids]
+        if len(ids) > self._settings.max_few_shot_tokens:
+            raise ConfigError(
+                f"rollout.few_shot: the examples of {self._settings.few_shot} take {len(ids)} tokens, and "
+                f"rollout.max_few_shot_tokens = {self._settings.max_few_shot_tokens}; raise it, or take "
+                "examples out of the file"
+            )
+        return ids
+
     def _room(self, opening: Sequence[int], max_tokens: int) -> int:
         """Tokens that are left for a message between its markers."""
         return max_tokens - len(opening) - len(self._assistant_ids)
@@ -313,7 +340,7 @@ class Dialog:
         return self._encode(begun_text(stub))
 
     def _openings(self) -> dict[str, list[int]]:
-        return {"max_prompt_tokens": self._first_ids, "max_feedback_tokens": self._user_ids}
+        return {"max_prompt_tokens": self._opening_ids, "max_feedback_tokens": self._user_ids}
 
     def _check_room(self) -> None:
         for name, opening in self._openings().items():

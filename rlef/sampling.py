@@ -188,13 +188,15 @@ class OwnRollouts:
 
     def _share(self, step: int) -> tuple[Sequence[Problem], Sequence[int]]:
         """This process's problems of a training step, and the numbers of their episodes."""
-        count = self._config.rollout.episodes_per_step
+        rollout = self._config.rollout
+        count, each = rollout.episodes_per_step, rollout.rollouts_per_problem
         numbers = range(step * count, (step + 1) * count)
         if self._curriculum is not None:
-            problems = self._curriculum.problems_of(step)
+            chosen = self._curriculum.problems_of(step)
         else:
-            self._cursor.position = self._origin + step * count
-            problems = self._cursor.take(count)
+            self._cursor.position = self._origin + step * rollout.problems_per_step
+            chosen = self._cursor.take(rollout.problems_per_step)
+        problems = [problem for problem in chosen for _ in range(each)]
         return problems[self._index :: self._of], numbers[self._index :: self._of]
 
     def _training_settings(self) -> CollectSettings:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from rlef import prompts
 from rlef.chat_server import ChatMessage, ChatServer, Reply
 from rlef.config import FeedbackKind, RolloutConfig
+from rlef.few_shot import ExampleDialog
 from rlef.ports import Response, SamplingParams
 from rlef.records import Problem
 from rlef.rollout import Attempt, charge, feedback_messages, judge_attempts
@@ -62,16 +63,24 @@ def collect_served(
     params: SamplingParams,
     turns: int,
     feedback: FeedbackKind,
+    examples: Sequence[ExampleDialog] = (),
     unrelated: UnrelatedFeedback | None = None,
 ) -> list[Transcript]:
     """One dialog per problem, in their order; `numbers` and the turn key the seed of each request.
 
+    Before each stand the messages of `examples`.
+
     A failure of the server (`ServerFault`) or of the sandbox (`SandboxFault`) is raised, never scored.
     """
+    shown = [
+        ChatMessage(role=message.role, content=message.content)
+        for example in examples
+        for message in example.messages
+    ]
     dialogs = [
         _Served(
             Attempt(problem, number, []),
-            [ChatMessage(role="user", content=_request(problem))],
+            [*shown, ChatMessage(role="user", content=_request(problem))],
         )
         for problem, number in zip(problems, numbers, strict=True)
     ]

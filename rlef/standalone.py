@@ -21,6 +21,7 @@ from rlef.evaluate import SEED_OFFSET, evaluate, summarise
 from rlef.evaluation_folder import EvaluationFolder, figures_of, identity_of, weights_digest
 from rlef.execution import open_executor
 from rlef.families import read_config, read_shape, with_dtype
+from rlef.few_shot import read_examples
 from rlef.measurement import draws_of, measure
 from rlef.pieces import Piece, State
 from rlef.ports import Play, SamplingParams, StreamingSampler
@@ -155,6 +156,7 @@ def _server(config: Config, problems: Sequence[Problem]) -> Iterator[Play[Transc
             server=server,
             executor=executor,
             settings=config.rollout,
+            examples=read_examples(config.rollout.few_shot),
             unrelated=unrelated_feedback(problems, config.rollout),
         )
 

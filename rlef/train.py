@@ -136,7 +136,11 @@ class Run:
         check_context(config, shape.max_position_embeddings)
         self.dialog = Dialog.read(model, config.rollout)
         self.networks: Networks = build_networks(
-            shape, weights, parallel=config.parallel, optimizer=config.optimizer
+            shape,
+            weights,
+            parallel=config.parallel,
+            optimizer=config.optimizer,
+            has_value=config.ppo.has_value,
         )
         stack.callback(leave)
         self.rollouts: Rollouts
@@ -151,6 +155,7 @@ class Run:
             self.networks,
             ppo=config.ppo,
             rewards=config.rewards,
+            group_size=config.rollout.rollouts_per_problem,
             max_skipped_updates=config.run.max_skipped_updates,
         )
         self._pace = Pace(self.networks.parallel.device) if self.networks.parallel.world_size > 1 else None
@@ -172,9 +177,9 @@ class Run:
         under_way: Sequence[str] = ()
         if checkpoint is not None:
             step = checkpoint.step
-            self.networks.policy.load_state_dict(checkpoint.states["policy"])
-            self.networks.value.load_state_dict(checkpoint.states["value"])
-            self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.episodes_per_step
+            for name, network in self.networks.trained().items():
+                network.load_state_dict(checkpoint.states[name])
+            self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.problems_per_step
             self._started -= checkpoint.shared["seconds"]
             if "curriculum" in checkpoint.shared:
                 self._progress = Progress(**checkpoint.shared["curriculum"])
@@ -200,10 +205,7 @@ class Run:
     def save(self, step: int) -> None:
         """Sampling draws from (seed, episode, position) alone, so there is no random state to keep."""
         with self._watch.phase(f"saving step {step}"), self.telemetry.timer.phase(_CHECKPOINT):
-            states = {
-                "policy": self.networks.policy.state_dict(),
-                "value": self.networks.value.state_dict(),
-            }
+            states = {name: network.state_dict() for name, network in self.networks.trained().items()}
             rollouts = self.rollouts.save()
             shared: dict[str, Any] = {"cursor": self._position(step), "seconds": self._seconds()}
             if self._progress is not None:
@@ -306,7 +308,7 @@ class Run:
             write_report(path)
 
     def _position(self, step: int) -> int:
-        return self._origin + step * self._config.rollout.episodes_per_step
+        return self._origin + step * self._config.rollout.problems_per_step
 
     def _seconds(self) -> float:
         return time.monotonic() - self._started

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlef import dialects, judging
+from rlef import dialects, judging, prompts
 from rlef.config import Config, ConfigError, RolloutConfig
 from rlef.records import Problem
 from rlef_sandbox import Executor, Verdict
@@ -55,9 +55,8 @@ class UnrelatedFeedback:
     async def message(self, place: Place, *, seed: int, executor: Executor) -> str:
         """What the first program said that fails its public tests, from the drawn one on.
 
-        Raises:
-            ConfigError: none of them fails any public test.
-            SandboxFault: the sandbox itself failed.
+        Where none of them fails a public test, only the failure is told. A failure of the sandbox itself is
+        raised (`SandboxFault`).
         """
         drawn = hashlib.sha256(f"unrelated/{seed}/{place.number}/{place.turn}".encode()).digest()
         first_problem, first_solution = int.from_bytes(drawn[:8]), int.from_bytes(drawn[8:16])
@@ -71,10 +70,7 @@ class UnrelatedFeedback:
                 solution = (first_solution + solution_step) % count
                 if message := await self._message_about(index, solution, executor):
                     return message
-        raise ConfigError(
-            f"feedback 'random': none of the incorrect solutions of {len(self._problems)} problems fails a "
-            "public test, so there is nothing to tell; take them out of the file"
-        )
+        return prompts.untold_text()
 
     async def _message_about(self, index: int, solution: int, executor: Executor) -> str:
         if (known := self._messages.get((index, solution))) is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from bench.learning import RUNS
 from rlef.cli import main
 from rlef.config import Config, load_config, longest_dialog
 from rlef.doctor import checkpoint_bytes
@@ -100,6 +101,33 @@ def test_a_run_file_passes_every_check_that_needs_no_gpu(
     assert result.exit_code == 0, result.output
     assert f"processes: {8 * NODES[name]:,}" in result.stdout.splitlines()
     assert "longest dialog in tokens: 7,170" in result.stdout.splitlines()
+
+
+def ablations() -> dict[str, list[str]]:
+    """The overrides of each ablation that docs/reproducing.md lists."""
+    text = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| `([a-z_]+\.[^`]*)` \|$", text, flags=re.MULTILINE)
+    return {name: overrides.split() for name, overrides in rows}
+
+
+@pytest.mark.parametrize("name", ["tiny", "paper_8b"])
+def test_every_ablation_passes_the_checks_of_a_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda asked: find("json" if asked == "vllm" else asked))
+    ours = ["problems.train=hidden_conventions:train", "problems.eval=hidden_conventions:heldout"]
+    if name in MODELS:
+        ours.append(f"model.path={without_weights(tmp_path, MODELS[name])}")
+    for overrides in ablations().values():
+        arguments = ["train", str(file_of(name)), "--dry-run", *ours, *overrides]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+
+
+def test_the_documented_ablations_are_those_that_are_measured() -> None:
+    measured = {name: [each for each in made if each != "run.seed=1"] for name, made in RUNS.items()}
+    assert ablations() == {name: made for name, made in measured.items() if "seed" not in name}
 
 
 @pytest.mark.parametrize("name", ["one_node_8b", "paper_8b"])

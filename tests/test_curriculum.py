@@ -168,3 +168,37 @@ def test_a_checkpoint_of_other_problems_is_refused() -> None:
         match=rf"^problems\.train holds 6 problems, and the checkpoint is of 7, with '{lost}' among them; ",
     ):
         Curriculum(cursor(fewer), config, step=1, progress=progress)
+
+
+def test_a_visit_of_several_rollouts_counts_where_all_end_alike() -> None:
+    """Three problems a step, so two rounds of seven begin in each five steps: two rollouts of each."""
+    settings = {"skip_after_solved": 2, "skip_after_unsolved": 2, "skip_rounds": 3}
+    one = config_of(**settings)
+    several = one.model_copy(
+        update={"rollout": RolloutConfig(episodes_per_step=6, rollouts_per_problem=2)}, deep=True
+    )
+    alone, together = (Curriculum(cursor(), config, step=0, progress=None) for config in (one, several))
+    visits: Counter[str] = Counter()
+    for step in range(STEPS):
+        problems = together.problems_of(step)
+        assert problems == alone.problems_of(step)
+        solved = solved_of(problems, lambda name, _: name < PROBLEMS[3].id, visits)
+        assert alone.record(solved) == together.record([each for each in solved for _ in range(2)])
+
+
+def test_a_visit_that_only_some_rollouts_solve_begins_the_count_anew() -> None:
+    config = Config(
+        problems=ProblemsConfig(skip_after_solved=2, skip_rounds=3),
+        rollout=RolloutConfig(episodes_per_step=14, rollouts_per_problem=2),
+        ppo=PPOConfig(updates_per_step=1),
+    )
+    curriculum = Curriculum(cursor(), config, step=0, progress=None)
+    name = curriculum.problems_of(0)[0].id
+    for step, of_first in enumerate([(True, True), (True, False), (True, True), (True, True)]):
+        ids = [problem.id for problem in curriculum.problems_of(step)]
+        assert name in ids
+        progress = curriculum.record(
+            [one for each in ids for one in (of_first if each == name else (False, True))]
+        )
+    assert progress.streaks[name] == 2
+    assert set(progress.skipped_until) == {name}

@@ -73,6 +73,8 @@ def test_a_checkpoint_is_counted_as_weights_and_two_moments_of_two_networks(tmp_
     policy = sum(tensor.numel() for tensor in weights.values())
     counted = doctor.checkpoint_bytes(config(tmp_path))
     assert 2 * 12 * policy * 0.8 < counted <= 2 * 12 * policy  # the value head is smaller than the other
+    alone = config(tmp_path, "ppo.method=sft", "ppo.value_warmup_steps=0")
+    assert doctor.checkpoint_bytes(alone) == 12 * policy
 
 
 def test_more_threads_than_cores_are_a_warning(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
     frozenset({"assertions", "config", "files", "pieces", "records"}),
-    frozenset({"job", "judging", "ports", "stopping"}),
+    frozenset({"few_shot", "job", "judging", "ports", "stopping"}),
     frozenset(
         {
             "advantages",
@@ -92,7 +92,17 @@ FLOORS: tuple[frozenset[str], ...] = (
             "streaming",
         }
     ),
-    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "selection", "standalone"}),
+    frozenset(
+        {
+            "asynchronous",
+            "comparison",
+            "evaluation_page",
+            "few_shot_examples",
+            "plan_report",
+            "selection",
+            "standalone",
+        }
+    ),
     frozenset({"sampling"}),
     frozenset({"commands", "train"}),
     frozenset({"problem_commands"}),

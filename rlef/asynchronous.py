@@ -44,7 +44,7 @@ class AsynchronousRollouts:
         max_staleness: int,
         device: torch.device,
     ) -> None:
-        """Raises ValueError if the feedback is "random"."""
+        """Raises ValueError if the feedback is "random" and there is no `unrelated`."""
         self._sampler: StreamingSampler = settings["sampler"]
         self._executor = settings["executor"]
         self._episodes = episodes_of(settings)

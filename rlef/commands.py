@@ -7,14 +7,18 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from rlef.config import Config, ConfigError, check_context
 from rlef_sandbox import SandboxFault
+
+if TYPE_CHECKING:  # what they import takes a second
+    from rlef.problems import Part
+    from rlef.records import Problem
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -26,6 +30,10 @@ def errors_in_one_line(command: _F) -> _F:
             return command(*args, **kwargs)
         except ConfigError as error:
             sys.exit(refuse(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            sys.exit(refuse(ConfigError(f"{error.filename}: {error.strerror}; see to it, and try again")))
 
     return guarded  # type: ignore[return-value]
 
@@ -40,14 +48,27 @@ def refuse(error: ValueError) -> int:
 
 def require_writable(file: Path) -> None:
     """Before minutes of work: the file's folder can be made, and written to."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; name a file to write")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"--output {file} cannot be written ({error.strerror}); name another place"
-        ) from None
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); name another place") from None
+
+
+def require_file(file: Path, what: str) -> None:
+    """`what` is what the file should be, in a word or two."""
+    if not file.is_file():
+        found = f"{str(file)!r} is a folder" if file.is_dir() else f"there is no file {str(file)!r}"
+        raise ConfigError(f"{found}; give {what}")
+
+
+def require_other_file(output: Path, others: Sequence[Path]) -> None:
+    """What is written takes the place of nothing that is read, or written too."""
+    if output.resolve() in {path.resolve() for path in others}:
+        raise ConfigError(f"{output} is named twice; name another file to write")
 
 
 def require_empty(output: Path) -> None:
@@ -78,18 +99,25 @@ def check_inputs(config: Config) -> None:
     check_layout(shape, config.parallel, config.parallel.learners)
     check_context(config, shape.max_position_embeddings)
     check_sampler(config, shape)
-    Dialog.read(folder, config.rollout).check_vocabulary(shape.vocab_size)
-    check_problems_and_executor(config)
+    dialog = Dialog.read(folder, config.rollout)
+    dialog.check_vocabulary(shape.vocab_size)
+    for loaded in check_problems_and_executor(config).values():
+        for problem in loaded:
+            dialog.check_stub(problem.stub, problem.id)
 
 
-def check_problems_and_executor(config: Config) -> None:
+def check_problems_and_executor(config: Config) -> dict[Part, list[Problem]]:
+    """The problems as `problems.check` gives them."""
     from rlef import problems
     from rlef.execution import open_executor, share_of_cores
+    from rlef.unrelated import check_random_feedback
 
-    problems.check(config)
+    loaded = problems.check(config)
+    check_random_feedback(config, loaded["train"])
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.processes))
     share_of_cores(config.executor, os.sched_getaffinity(0), processes=processes_here, index=0)
     try:
         open_executor(config.executor, workers=1).close()
     except (ValueError, SandboxFault) as error:
         raise ConfigError(f"executor: {error}") from None
+    return loaded

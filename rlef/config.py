@@ -9,8 +9,9 @@ whole tree.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -31,6 +32,8 @@ ValueLevel = Literal["turn", "token"]
 SamplerName = Literal["torch", "vllm"]
 Recompute = Literal["none", "full"]
 DType = Literal["float32", "bfloat16"]
+ProblemOrder = Literal["shuffled", "easy_first"]
+DialectChoice = Literal["own", "code_contests"]
 
 
 class ConfigError(ValueError):
@@ -96,6 +99,11 @@ class ProblemsConfig(Section):
     max_test_bytes: PositiveInt = (
         16 << 20
     )  # input and expected output of one test; a problem may hold 16 such
+    order: ProblemOrder = "shuffled"  # "easy_first": by solve rate or rating, in each round
+    skip_after_solved: NonNegativeInt = 0  # visits in a row, until a problem is left out; 0: never
+    skip_after_unsolved: NonNegativeInt = 0  # the same, of visits that did not solve it
+    skip_rounds: PositiveInt = 3  # through the problems, for which it is left out
+    dialect: DialectChoice = "own"  # of feedback: each problem's own, or one for all, without stubs
 
 
 class RolloutConfig(Section):
@@ -131,6 +139,8 @@ class ExecutorConfig(Section):
     memory_cgroup: str = ""  # a cgroup's folder, below which memory is cut off at its limit
     cores: NonNegativeInt = 0  # of a machine, for the programs of all its processes; 0: no budget
     patience_s: PositiveFloat = 60.0  # beyond a test's wall limit, until a silent worker is replaced
+    cache_bytes: NonNegativeInt = 64 << 20  # of results that a process keeps for equal programs; 0: none
+    learn_order: bool = True  # private tests that failed most often first
 
 
 class RewardConfig(Section):
@@ -262,11 +272,6 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"rollout.temperature = {config.rollout.temperature} and rollout.top_p = {config.rollout.top_p}: "
             "the policy is trained on what it samples untempered, so both must be 1 (evaluation has its own)"
-        )
-    if config.rollout.feedback == "random" and (config.rollout.overlap or config.rollout.max_staleness):
-        raise ConfigError(
-            "rollout.feedback = 'random' takes what other programs of the same turn were told, so it needs "
-            "rollout.overlap = false and rollout.max_staleness = 0"
         )
     _check_evaluation(config.evaluation)
     episodes, updates = config.rollout.episodes_per_step, config.ppo.updates_per_step
@@ -413,12 +418,43 @@ def explain(invalid: ValidationError) -> str:
     error = invalid.errors()[0]
     path = tuple(str(part) for part in error["loc"])
     name = ".".join(path)
+    if error["type"] == "missing":
+        return f"{name} is missing; give it beside the others"
     if error["type"] != "extra_forbidden":
-        return f"{name} = {error['input']!r}: {error['msg']}"
+        said = _mend_of(error["type"], error["input"], error.get("ctx", {})) or error["msg"]
+        return f"{name} = {error['input']!r}: {said}" if name else said
     known = _settings_beside(path)
     near = difflib.get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {'.'.join((*path[:-1], near[0]))!r}?" if near else "known keys: " + ", ".join(known)
     return f"unknown setting {name!r}; {hint}"
+
+
+# By pydantic's name of a fault, which says what it expected.
+_MENDS = {
+    "bool_type": "write true or false",
+    "finite_number": "give a finite number",
+    "float_type": "give a number",
+    "greater_than": "give more than {gt:g}",
+    "greater_than_equal": "give at least {ge:g}",
+    "int_type": "give a whole number",
+    "less_than_equal": "give at most {le:g}",
+    "literal_error": "use {expected}",
+    "model_type": "write a table of settings",
+    "string_pattern_mismatch": "use letters, digits and _ . + -, with a letter, a digit or _ at the start",
+    "string_type": "write text",
+    "too_short": "give at least {min_length}",
+    "tuple_type": "write a list, as in [1, 3]",
+}
+
+
+def _mend_of(fault: str, value: object, expected: Mapping[str, Any]) -> str:
+    """Empty for a fault that no setting has so far."""
+    mend = _MENDS.get(fault, "").format_map(expected)
+    if fault == "literal_error":
+        names = re.findall("'([^']*)'", expected["expected"])
+        near = difflib.get_close_matches(str(value), names, n=1)
+        return f"{mend}; did you mean {near[0]!r}?" if near else mend
+    return mend
 
 
 def _settings_beside(path: Sequence[str]) -> list[str]:

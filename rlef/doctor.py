@@ -66,6 +66,14 @@ class Finding:
     def good(cls, subject: str, found: str) -> Finding:
         return cls(level=Level.GOOD, subject=subject, found=found)
 
+    @classmethod
+    def warning(cls, subject: str, found: str, mend: str) -> Finding:
+        return cls(level=Level.WARNING, subject=subject, found=found, mend=mend)
+
+    @classmethod
+    def fault(cls, subject: str, found: str, mend: str) -> Finding:
+        return cls(level=Level.FAULT, subject=subject, found=found, mend=mend)
+
 
 def diagnose(config: Config) -> Iterator[Finding]:
     """Look at everything that a run with these settings would need, cheapest first."""
@@ -98,12 +106,7 @@ def _package(requirement: Requirement, extra: str) -> Iterator[Finding]:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
         if extra == "train":
-            yield Finding(
-                level=Level.FAULT,
-                subject=requirement.name,
-                found="is not installed",
-                mend="pip install 'rlef[train]'",
-            )
+            yield Finding.fault(requirement.name, "is not installed", "pip install 'rlef[train]'")
         return
     if requirement.specifier.contains(version, prereleases=True):
         yield Finding.good(requirement.name, version)
@@ -124,11 +127,10 @@ def processor(config: Config) -> Iterator[Finding]:
         only = f", of which {alone} only sample" if alone else ""
         yield Finding.good("cores", f"{cores} for {config.parallel.processes} processes{only}")
         return
-    yield Finding(
-        level=Level.WARNING,
-        subject="cores",
-        found=f"{cores}, but parallel.processes x parallel.threads_per_process = {wanted}",
-        mend="lower one of the two: threads that wait for a core spin, and a run can take ten times as long",
+    yield Finding.warning(
+        "cores",
+        f"{cores}, but parallel.processes x parallel.threads_per_process = {wanted}",
+        "lower one of the two: threads that wait for a core spin, and a run can take ten times as long",
     )
 
 
@@ -137,16 +139,23 @@ def memory(config: Config) -> Iterator[Finding]:
     workers = config.executor.workers or len(os.sched_getaffinity(0))
     wanted = config.parallel.processes * MEMORY_OF_A_PROCESS
     wanted += workers * config.executor.default_memory_limit_bytes
-    found = f"{_size(free)} free; {config.parallel.processes} processes and {workers} programs may want {{}}"
+    takers = f"{config.parallel.processes} processes, {workers} programs"
+    mend = "lower executor.workers or executor.default_memory_limit_bytes"
+    if config.checkpoint.asynchronous:
+        wanted += _checkpoint_copy(config)
+        takers += ", the copy of a checkpoint"
+        mend += ", set checkpoint.asynchronous=false"
+    found = f"{_size(free)} free; {takers}: may want {_size(wanted)}"
     if free >= wanted:
-        yield Finding.good("memory", found.format(_size(wanted)))
+        yield Finding.good("memory", found)
         return
-    yield Finding(
-        level=Level.WARNING,
-        subject="memory",
-        found=found.format(_size(wanted)),
-        mend="lower executor.workers or executor.default_memory_limit_bytes, or free memory",
-    )
+    yield Finding.warning("memory", found, f"{mend}, or free memory")
+
+
+def _checkpoint_copy(config: Config) -> int:
+    """Bytes of what this machine's processes hold in memory until it is on the disk."""
+    here = torch.cuda.device_count() if spans_nodes(config) else config.parallel.processes
+    return checkpoint_bytes(config) * here // config.parallel.processes
 
 
 def _available_memory() -> int:
@@ -168,11 +177,10 @@ def disk(config: Config) -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free
     except OSError as error:
-        yield Finding(
-            level=Level.FAULT,
-            subject="disk",
-            found=f"run.output_dir = {place} cannot be written: {error.strerror}",
-            mend="name a folder of yours: run.output_dir=PATH",
+        yield Finding.fault(
+            "disk",
+            f"run.output_dir = {place} cannot be written: {error.strerror}",
+            "name a folder of yours: run.output_dir=PATH",
         )
         return
     wanted = (config.checkpoint.keep + 1) * checkpoint_bytes(config)
@@ -180,12 +188,7 @@ def disk(config: Config) -> Iterator[Finding]:
     if free >= wanted:
         yield Finding.good("disk", found)
         return
-    yield Finding(
-        level=Level.FAULT,
-        subject="disk",
-        found=found,
-        mend="lower checkpoint.keep, or name a larger disk: run.output_dir=PATH",
-    )
+    yield Finding.fault("disk", found, "lower checkpoint.keep, or name a larger disk: run.output_dir=PATH")
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -208,30 +211,27 @@ def shared_folder(config: Config) -> Iterator[Finding]:
             ahead = Path(file.name).stat().st_mtime - time.time()
     except OSError as error:
         if place.is_dir():
-            yield Finding(
-                level=Level.FAULT,
-                subject="locks",
-                found=f"run.output_dir = {place} cannot lock files: {error.strerror}",
-                mend="mount it with locks (Lustre: -o flock), or name another folder: run.output_dir=PATH",
+            yield Finding.fault(
+                "locks",
+                f"run.output_dir = {place} cannot lock files: {error.strerror}",
+                "mount it with locks (Lustre: -o flock), or name another folder: run.output_dir=PATH",
             )
         return
     yield Finding.good("locks", f"{place} has them")
     if abs(ahead) > CLOCKS_APART_S:
-        yield Finding(
-            level=Level.WARNING,
-            subject="clock",
-            found=f"this machine's differs by {abs(ahead):.0f} s from that of {place}",
-            mend="synchronise the clocks (chronyc tracking): torchrun takes a node that is late for dead",
+        yield Finding.warning(
+            "clock",
+            f"this machine's differs by {abs(ahead):.0f} s from that of {place}",
+            "synchronise the clocks (chronyc tracking): torchrun takes a node that is late for dead",
         )
     else:
         yield Finding.good("clock", f"agrees with that of {place}")
     kind = file_system(place)
     if spans_nodes(config) and kind in OF_ONE_MACHINE:
-        yield Finding(
-            level=Level.WARNING,
-            subject="shared folder",
-            found=f"run.output_dir = {place} is on {kind}, a file system of this machine alone",
-            mend="name a folder that all nodes share, or checkpoints are in pieces: run.output_dir=PATH",
+        yield Finding.warning(
+            "shared folder",
+            f"run.output_dir = {place} is on {kind}, a file system of this machine alone",
+            "name a folder that all nodes share, or checkpoints are in pieces: run.output_dir=PATH",
         )
 
 
@@ -250,42 +250,38 @@ def spans_nodes(config: Config) -> bool:
 def limits(infiniband: Path = Path("/dev/infiniband")) -> Iterator[Finding]:
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if infiniband.exists() and locked != resource.RLIM_INFINITY:
-        yield Finding(
-            level=Level.WARNING,
-            subject="locked memory",
-            found=f"{_size(locked)} at most, and this machine has InfiniBand",
-            mend="ulimit -l unlimited (in Slurm, of slurmd): nccl registers its buffers with the card",
+        yield Finding.warning(
+            "locked memory",
+            f"{_size(locked)} at most, and this machine has InfiniBand",
+            "ulimit -l unlimited (in Slurm, of slurmd): nccl registers its buffers with the card",
         )
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files >= FEW_FILES:
         yield Finding.good("open files", f"{files} at most")
     else:
-        yield Finding(
-            level=Level.WARNING,
-            subject="open files",
-            found=f"{files} at most",
-            mend=f"ulimit -n {min(most, 65536)}: each process holds sockets to many others",
+        yield Finding.warning(
+            "open files",
+            f"{files} at most",
+            f"ulimit -n {min(most, 65536)}: each process holds sockets to many others",
         )
     shared = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0  # noqa: S108
     if shared >= SMALL_SHARED_MEMORY or not torch.cuda.is_available():
         yield Finding.good("shared memory", f"{_size(shared)} in /dev/shm")
     else:
-        yield Finding(
-            level=Level.WARNING,
-            subject="shared memory",
-            found=f"{_size(shared)} in /dev/shm",
-            mend="nccl keeps buffers there; in a container: --shm-size=16g or --ipc=host",
+        yield Finding.warning(
+            "shared memory",
+            f"{_size(shared)} in /dev/shm",
+            "nccl keeps buffers there; in a container: --shm-size=16g or --ipc=host",
         )
 
 
 def gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         if Path("/dev/nvidiactl").exists():
-            yield Finding(
-                level=Level.FAULT,
-                subject="GPUs",
-                found=f"this machine has some, but torch {torch.__version__} cannot use them",
-                mend="install a CUDA build of torch that fits the driver (nvidia-smi shows its version)",
+            yield Finding.fault(
+                "GPUs",
+                f"this machine has some, but torch {torch.__version__} cannot use them",
+                "install a CUDA build of torch that fits the driver (nvidia-smi shows its version)",
             )
         else:
             yield Finding.good("GPUs", "none: training runs on the CPU")
@@ -296,19 +292,13 @@ def gpus() -> Iterator[Finding]:
         subject = f"GPU {index}"
         found = f"{properties.name}, {_size(free)} of {_size(total)} free"
         if (properties.major, properties.minor) < OLDEST_CAPABILITY:
-            yield Finding(
-                level=Level.FAULT,
-                subject=subject,
-                found=f"{found}, compute capability {properties.major}.{properties.minor}",
-                mend="rlef needs 8.0 or newer (A100): hide it with CUDA_VISIBLE_DEVICES",
+            yield Finding.fault(
+                subject,
+                f"{found}, compute capability {properties.major}.{properties.minor}",
+                "rlef needs 8.0 or newer (A100): hide it with CUDA_VISIBLE_DEVICES",
             )
         elif free < 0.9 * total:
-            yield Finding(
-                level=Level.WARNING,
-                subject=subject,
-                found=found,
-                mend="end what else runs on it (nvidia-smi lists the processes)",
-            )
+            yield Finding.warning(subject, found, "end what else runs on it (nvidia-smi lists the processes)")
         else:
             yield Finding.good(subject, found)
 
@@ -317,18 +307,16 @@ def layout(config: Config) -> Iterator[Finding]:
     """Whether the processes divide over this machine's GPUs, and tensor parallel ranks stay on one."""
     count, parallel = torch.cuda.device_count(), config.parallel
     if spans_nodes(config) and parallel.processes % count:
-        yield Finding(
-            level=Level.WARNING,
-            subject="processes",
-            found=f"parallel.processes = {parallel.processes} is no multiple of this node's {count} GPUs",
-            mend="one process per GPU: name a multiple of them",
+        yield Finding.warning(
+            "processes",
+            f"parallel.processes = {parallel.processes} is no multiple of this node's {count} GPUs",
+            "one process per GPU: name a multiple of them",
         )
     if 0 < count < parallel.tensor:
-        yield Finding(
-            level=Level.WARNING,
-            subject="tensor parallel",
-            found=f"parallel.tensor = {parallel.tensor}, but a node has {count} GPUs",
-            mend="lower parallel.tensor and raise parallel.pipeline: between nodes each layer would wait",
+        yield Finding.warning(
+            "tensor parallel",
+            f"parallel.tensor = {parallel.tensor}, but a node has {count} GPUs",
+            "lower parallel.tensor and raise parallel.pipeline: between nodes each layer would wait",
         )
 
 
@@ -338,19 +326,17 @@ def host_name(config: Config) -> Iterator[Finding]:
     try:
         address = str(socket.getaddrinfo(name, None)[0][4][0])
     except OSError as error:
-        yield Finding(
-            level=Level.WARNING,
-            subject="host name",
-            found=f"{name} has no address: {error.strerror}",
-            mend=f"add '127.0.1.1 {name}' to /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+        yield Finding.warning(
+            "host name",
+            f"{name} has no address: {error.strerror}",
+            f"add '127.0.1.1 {name}' to /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
         )
         return
     if spans_nodes(config) and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-        yield Finding(
-            level=Level.WARNING,
-            subject="host name",
-            found=f"{name} is {address}, which other nodes cannot reach",
-            mend="set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes, and give "
+        yield Finding.warning(
+            "host name",
+            f"{name} is {address}, which other nodes cannot reach",
+            "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the nodes, and give "
             "torchrun its address: --local-addr",
         )
         return
@@ -374,11 +360,8 @@ def interfaces() -> Iterator[Finding]:
         if usable:
             yield Finding.good(variable, chosen)
         else:
-            yield Finding(
-                level=Level.FAULT,
-                subject=variable,
-                found=f"{chosen}: no such interface is up",
-                mend=f"name one that is up ({up}), or unset it",
+            yield Finding.fault(
+                variable, f"{chosen}: no such interface is up", f"name one that is up ({up}), or unset it"
             )
 
 
@@ -397,18 +380,16 @@ def collectives() -> Iterator[Finding]:
 
 
 def _collective(backend: str, processes: int, *, available: Callable[[], bool]) -> Finding:
-    fault = Finding(
-        level=Level.FAULT,
-        subject=backend,
-        found=f"{processes} processes of this machine could not add up a number; their errors stand above",
-        mend=f"set {backend.upper()}_SOCKET_IFNAME to an interface that `ip -brief address` lists as up",
+    fault = Finding.fault(
+        backend,
+        f"{processes} processes of this machine could not add up a number; their errors stand above",
+        f"set {backend.upper()}_SOCKET_IFNAME to an interface that `ip -brief address` lists as up",
     )
     if not available():
-        return Finding(
-            level=Level.FAULT,
-            subject=backend,
-            found=f"torch {torch.__version__} was built without it",
-            mend="install torch as its publishers build it",
+        return Finding.fault(
+            backend,
+            f"torch {torch.__version__} was built without it",
+            "install torch as its publishers build it",
         )
     kept = os.environ.get("OMP_NUM_THREADS")
     status = run_processes(add_up_ranks, (backend,), processes=processes, threads=1)
@@ -440,11 +421,10 @@ def sandbox(config: Config) -> Iterator[Finding]:
     try:
         reports = check()
     except SandboxFault as error:
-        yield Finding(
-            level=Level.FAULT,
-            subject="sandbox",
-            found=str(error),
-            mend="a filter around this process may forbid what it needs: SECURITY.md says what that is",
+        yield Finding.fault(
+            "sandbox",
+            str(error),
+            "a filter around this process may forbid what it needs: SECURITY.md says what that is",
         )
         return
     missing = [report for report in reports if not report.given]
@@ -470,17 +450,15 @@ def _memory_cgroup(config: Config) -> Finding:
     if config.executor.memory_cgroup:
         return Finding.good("memory cgroup", config.executor.memory_cgroup)
     if report.folder is not None:
-        return Finding(
-            level=Level.WARNING,
-            subject="memory cgroup",
-            found=f"not used; without it {report.loss}",
-            mend=f"this machine has one: executor.memory_cgroup={report.folder}",
+        return Finding.warning(
+            "memory cgroup",
+            f"not used; without it {report.loss}",
+            f"this machine has one: executor.memory_cgroup={report.folder}",
         )
-    return Finding(
-        level=Level.WARNING,
-        subject="memory cgroup",
-        found=f"{report.reason}; without it {report.loss}",
-        mend="let the machine delegate a cgroup with the memory controller to this user (see SECURITY.md)",
+    return Finding.warning(
+        "memory cgroup",
+        f"{report.reason}; without it {report.loss}",
+        "let the machine delegate a cgroup with the memory controller to this user (see SECURITY.md)",
     )
 
 
@@ -489,18 +467,14 @@ def _one_program(config: Config) -> Finding:
         with open_executor(config.executor, workers=1) as executor:
             (result,) = executor.run("print(int(input()) * 2)", [Test(input="21\n", expected_output="42\n")])
     except (SandboxFault, ValueError) as error:
-        return Finding(
-            level=Level.FAULT,
-            subject="a program",
-            found=str(error),
-            mend="python -m rlef_sandbox check says what the sandbox has here",
+        return Finding.fault(
+            "a program", str(error), "python -m rlef_sandbox check says what the sandbox has here"
         )
     if result.verdict is not Verdict.PASSED:
-        return Finding(
-            level=Level.FAULT,
-            subject="a program",
-            found=f"that is right was judged {result.verdict.value}",
-            mend="report it with the output of python -m rlef_sandbox check",
+        return Finding.fault(
+            "a program",
+            f"that is right was judged {result.verdict.value}",
+            "report it with the output of python -m rlef_sandbox check",
         )
     return Finding.good("a program", f"ran in the sandbox in {result.wall_s * 1e3:.0f} ms")
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +37,13 @@ from rlef.analysis import (
 )
 from rlef.config import Config, FeedbackKind, RewardConfig
 from rlef.files import write_text
-from rlef.ports import SamplingParams
-from rlef.prompts import Dialog
+from rlef.ports import Play, SamplingParams
+from rlef.prompts import Dialog, begun_text
 from rlef.records import Episode, Problem
 from rlef.report import DialogExample, Message
 from rlef.rewards import turn_rewards
 from rlef.solve_rate import Estimate, Resample, estimate_n_at_k
+from rlef.unrelated import kind_of_random_feedback
 
 SINGLE_TURN = "single_turn"
 _FEEDBACK: Mapping[str, FeedbackKind] = {
@@ -54,20 +55,6 @@ _FEEDBACK: Mapping[str, FeedbackKind] = {
 CONDITIONS = tuple(_FEEDBACK)
 SEED_OFFSET = 1_000_003  # evaluation must not draw the numbers that training draws
 _BROWSED = ("true_feedback", "random_feedback")  # conditions whose dialogs go into the report
-
-
-class Rollouts(Protocol):
-    """One episode per problem, in their order. Collective: every rank calls it, and gets all episodes."""
-
-    def __call__(
-        self,
-        problems: Sequence[Problem],
-        *,
-        numbers: Sequence[int],
-        params: SamplingParams,
-        turns: int,
-        feedback: FeedbackKind,
-    ) -> Sequence[Episode]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,13 +81,14 @@ class Evaluation:
 
     reports: dict[str, EvaluationReport]  # by condition
     samples: dict[str, tuple[Episode, ...]]  # by condition; of evenly spaced problems, not chosen by outcome
+    random_feedback: str  # what it was, in words
     seconds: float
 
 
 def evaluate(
     problems: Sequence[Problem],
     *,
-    rollouts: Rollouts,
+    rollouts: Play[Episode],
     config: Config,
     samples: int = 24,
 ) -> Evaluation:
@@ -145,7 +133,12 @@ def evaluate(
         )
         firsts = episodes[::per_problem]
         sampled[condition] = tuple(firsts[place] for place in _evenly_spaced(len(problems), samples))
-    return Evaluation(reports=reports, samples=sampled, seconds=time.monotonic() - started)
+    return Evaluation(
+        reports=reports,
+        samples=sampled,
+        random_feedback=kind_of_random_feedback(problems),
+        seconds=time.monotonic() - started,
+    )
 
 
 def report_on(
@@ -217,14 +210,14 @@ def dialog_examples(
     evaluation: Evaluation, problems: Sequence[Problem], *, phase: str, dialog: Dialog
 ) -> list[DialogExample]:
     """The sampled dialogs as text, for the report's browser. `phase` is "start" or "final"."""
-    statements = {problem.id: problem.statement for problem in problems}
+    by_id = {problem.id: problem for problem in problems}
     return [
         DialogExample(
             problem_id=episode.problem_id,
             phase=phase,
             condition=condition,
-            statement=statements[episode.problem_id],
-            messages=_messages(episode, dialog),
+            statement=by_id[episode.problem_id].statement,
+            messages=_messages(episode, dialog, by_id[episode.problem_id].stub),
             solved=episode.solved,
         )
         for condition in _BROWSED
@@ -253,6 +246,7 @@ def summarise(evaluation: Evaluation) -> dict[str, Any]:
         "problems": dialogs.problems,
         "rollouts_per_problem": dialogs.episodes // dialogs.problems,
         "intervals": {name: [estimate.low, estimate.high] for name, estimate in estimates.items()},
+        "random_feedback": evaluation.random_feedback,
         "seconds": evaluation.seconds,
         "conditions": {condition: asdict(report) for condition, report in reports.items()},
     }
@@ -283,14 +277,14 @@ def _evenly_spaced(total: int, count: int) -> list[int]:
     return [place * total // count for place in range(count)]
 
 
-def _messages(episode: Episode, dialog: Dialog) -> tuple[Message, ...]:
+def _messages(episode: Episode, dialog: Dialog, stub: str) -> tuple[Message, ...]:
     """Prompt, response, feedback, response, ...: what lies between two responses is a user message."""
     messages: list[Message] = []
     told_until = 0
     for turn in episode.turns:
-        text = dialog.told(episode.token_ids[told_until : turn.start])
+        text = dialog.told(episode.token_ids[told_until : turn.start], stub=stub)
         messages.append(Message(role="user", text=text, outcome=None))
-        answer = dialog.decode(episode.token_ids[turn.start : turn.end])
+        answer = begun_text(stub) + dialog.decode(episode.token_ids[turn.start : turn.end])
         messages.append(Message(role="assistant", text=answer, outcome=turn.outcome.value))
         told_until = turn.end
     return tuple(messages)

@@ -11,33 +11,20 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
-from rlef.config import Config, ConfigError, EvaluationConfig, FeedbackKind
+from rlef.config import Config, ConfigError, EvaluationConfig
 from rlef.files import write_text
 from rlef.measurement import Cell, Draw, draws_of
-from rlef.ports import SamplingParams
+from rlef.ports import Play, SamplingParams
 from rlef.records import Problem
 from rlef.transcripts import Transcript, append_transcripts, read_transcripts
+from rlef.unrelated import kind_of_random_feedback
 
 IDENTITY_FILE = "identity.json"
 FIGURES_FILE = "evaluation.json"
-
-
-class Play(Protocol):
-    """One dialog per problem, in their order; `numbers` key their random numbers."""
-
-    def __call__(
-        self,
-        problems: Sequence[Problem],
-        *,
-        numbers: Sequence[int],
-        params: SamplingParams,
-        turns: int,
-        feedback: FeedbackKind,
-    ) -> list[Transcript]: ...
 
 
 def identity_of(config: Config, problems: Sequence[Problem], *, weights: str | None) -> dict[str, Any]:
@@ -55,6 +42,7 @@ def identity_of(config: Config, problems: Sequence[Problem], *, weights: str | N
         "max_feedback_tokens": rollout.max_feedback_tokens,
         "max_test_characters": rollout.max_test_characters,
         "max_response_tokens": rollout.max_response_tokens,
+        "random_feedback": kind_of_random_feedback(problems),
     }
 
 
@@ -64,6 +52,8 @@ def problems_digest(problems: Sequence[Problem]) -> str:
     for problem in problems:
         shown = (problem.id, problem.statement, problem.public_tests, problem.private_tests)
         digest.update(repr((*shown, problem.time_limit_s, problem.memory_limit_bytes)).encode())
+        if problem.dialect != "code_contests" or problem.stub:  # before there were others, it had no say
+            digest.update(repr((problem.dialect, problem.stub)).encode())
     return digest.hexdigest()
 
 
@@ -112,7 +102,7 @@ class EvaluationFolder:
         problems: Sequence[Problem],
         transcripts: list[Transcript],
         *,
-        play: Play,
+        play: Play[Transcript],
         params: SamplingParams,
         batch: int,
         note: Callable[[str], None],
@@ -150,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises ConfigError: it is missing, or not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} is missing: name the folder of an evaluation that has ended") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); evaluate again") from None

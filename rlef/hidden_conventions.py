@@ -242,6 +242,7 @@ def problem(split: str, *, seed: int, index: int) -> Problem:
     random = Random(_digest("problem", split, str(seed), str(index)))
     task = TASKS[index % len(TASKS)]
     reading = random.choice(split_readings(task.name)[split])
+    others = [other for other in task.readings() if other != reading]
     return Problem(
         id=f"hidden-conventions/{split}/{seed}/{index}/{task.name}",
         statement=random.choice(split_wordings(task.name)[split]),
@@ -251,6 +252,7 @@ def problem(split: str, *, seed: int, index: int) -> Problem:
         memory_limit_bytes=_MEMORY_LIMIT_BYTES,
         source="hidden_conventions",
         solutions=(task.program(reading),),
+        incorrect_solutions=(task.program(others[_number("incorrect", split, seed, index) % len(others)]),),
     )
 
 
@@ -298,6 +300,10 @@ def _test(program: str, test_input: str) -> Test:
 @cache
 def _compiled(program: str) -> CodeType:
     return compile(program, "reference.py", "exec")
+
+
+def _number(*parts: object) -> int:
+    return int(_digest(*map(str, parts)), base=16)
 
 
 def _digest(*parts: str) -> str:

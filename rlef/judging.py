@@ -9,10 +9,12 @@ its own process for it can find it.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rlef import assertions
 from rlef.records import Assertion, Expression, Problem, ProblemTest, text_input
 from rlef_sandbox import Call, Checker, Command, Job, Judge, Limits, Result, Test, Tokens
 
@@ -65,6 +67,30 @@ def literal(value):
     if isinstance(value, tuple):
         return "(" + ", ".join(items) + ("," if len(items) == 1 else "") + ")"
     return "{" + ", ".join(items) + "}" if items else "set()"
+"""
+# Beside these, `assertions.py` as text.
+_TELLING_RUNNER = """
+
+def telling_hook(kind, error, frames):
+    try:
+        told = told_failure(error, frames)
+    except (Exception, SystemExit):
+        told = ""
+    if told:
+        print(told, file=sys.stderr)
+    else:
+        hook(kind, error, frames)
+
+
+def execute_and_tell(code, passed):
+    test = compiled(code, "exec")
+    sys.excepthook = telling_hook
+    try:
+        test = compile(remembering(code), TEST_FILE, "exec")
+    except Exception:
+        pass  # nested too deep, or the program has changed what this needs: as it stands, then
+    exec(test, PROGRAM)
+    return passed
 """
 _APPENDED = """
 
@@ -121,10 +147,24 @@ def check(input, expected_output, output):
 """
 
 
+def public_job(problem: Problem, code: str) -> Job:
+    """All public tests, so that each can be told of as the problem's dialect does."""
+    return job_of(problem, code, problem.public_tests, tell_values=problem.dialect == "evalplus")
+
+
 def job_of(
-    problem: Problem, code: str, tests: Sequence[ProblemTest], *, stop_at_first_failure: bool = False
+    problem: Problem,
+    code: str,
+    tests: Sequence[ProblemTest],
+    *,
+    stop_at_first_failure: bool = False,
+    tell_values: bool = False,
 ) -> Job:
-    """The problem's prelude and a program on some of its tests, within its limits, judged as it says."""
+    """The problem's prelude and a program on some of its tests, within its limits, judged as it says.
+
+    With `tell_values`, an assertion that fails says which values its sides had (`told_values`); no verdict
+    depends on it.
+    """
     kind = type(tests[0]) if tests else Test
     assert all(type(test) is kind for test in tests)
     program = f"{problem.prelude}\n{code}" if problem.prelude else code
@@ -136,7 +176,11 @@ def job_of(
         function, judge = "rlef_run", _value_judge(judge)
         texts = [_evaluated(test) for test in tests]
     elif kind is Assertion:
-        program += _APPENDED % ("", _RUNNER, "execute")
+        if tell_values:
+            runner = inspect.getsource(assertions) + _RUNNER + _TELLING_RUNNER
+            program += _APPENDED % ("", runner, "execute_and_tell")
+        else:
+            program += _APPENDED % ("", _RUNNER, "execute")
         function, judge = "rlef_run", None
         texts = [_asserted(test) for test in tests]
     if isinstance(judge, Checker) and kind in (Test, Call):
@@ -183,6 +227,13 @@ def shown(test: ProblemTest, result: Result) -> ShownTest:
             output=_value_text(result.stdout),
         )
     return ShownTest(input=text_input(test), expected=test.expected_output, output=result.stdout)
+
+
+def told_values(result: Result) -> tuple[str, ...]:
+    """Of a failed assertion that was run with `tell_values`: its text, then a line for each side. Empty where
+    something else was raised, or no side was remembered."""
+    _, mark, told = result.stderr.rpartition(assertions.VALUES_MARK + "\n")
+    return tuple(told.splitlines()) if mark else ()
 
 
 def _value_text(output: str) -> str:

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import socket
+import time
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -29,6 +30,7 @@ _FIRST_PORT = 10_000  # below it known services listen
 # saves about a tenth of the CPU time of an update, and costs the peak of memory while the process lives.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 _GRACE_S = 60.0  # for the other ranks to save and leave after an interrupt
+_FAREWELL_S = 10.0  # for the other ranks to find out that one has failed, and to say so
 
 
 def launched_by_torchrun() -> bool:
@@ -79,8 +81,9 @@ def run_processes(
     with _SignalsLeftTo(children):
         _start(children)
         status = _first_failure(children)
+        deadline = time.monotonic() + (_GRACE_S if status == 0 else _FAREWELL_S)
         for child in children:
-            child.join(timeout=_GRACE_S if status == 0 else 5.0)
+            child.join(timeout=max(0.0, deadline - time.monotonic()))
             if child.is_alive():
                 child.kill()
                 child.join()

@@ -68,7 +68,7 @@ class Cell:
     cut_response_rate: float  # responses that reached the longest length
     response_tokens_per_solve: float | None  # tokens of all responses over the dialogs that solve
     prompt_tokens_per_solve: float | None  # tokens read before each response, those of earlier turns again
-    seconds_per_solve: float | None  # wall clock; of the largest turn limit alone, which is what was run
+    seconds_per_solve: float | None  # wall clock, execution included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,9 +171,7 @@ def _measure_cell(
         cut_response_rate=mean([turn.finish_reason == "length" for turn in turns]),
         response_tokens_per_solve=_per_solve([turn.response_tokens for turn in turns], solves),
         prompt_tokens_per_solve=_per_solve([turn.prompt_tokens for turn in turns], solves),
-        seconds_per_solve=(
-            _per_solve([dialog.seconds for dialog in dialogs], solves) if limit == draw.turns else None
-        ),
+        seconds_per_solve=_per_solve([turn.seconds for turn in turns], solves),
     )
 
 

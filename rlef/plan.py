@@ -67,16 +67,9 @@ EVERYTHING = Abilities(
 
 
 def trainer_with(rollout: RolloutConfig) -> Abilities:
-    """What the trainer can run with these settings.
-
-    Random feedback wants all episodes of a turn at once: then nothing is sampled while something is learned.
-    """
-    return replace(
-        TRAINER,
-        paged_sampler=rollout.sampler == "vllm",
-        split_sampler=rollout.sampler == "vllm",
-        disaggregated=TRAINER.disaggregated and rollout.feedback != "random",
-    )
+    """What the trainer can run with these settings."""
+    has_vllm = rollout.sampler == "vllm"
+    return replace(TRAINER, paged_sampler=has_vllm, split_sampler=has_vllm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,17 +1,21 @@
-"""The two doors behind which engines stand: something that samples, something that learns."""
+"""The two doors behind which engines stand, something that samples and something that learns; and how an
+evaluation plays dialogs, whatever samples them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from rlef.config import FeedbackKind
 from rlef.pieces import HeldState, State
-from rlef.records import Batch
+from rlef.records import Batch, Problem
+
+Dialog_co = TypeVar("Dialog_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,21 @@ class SamplingParams:
     top_p: float
     max_tokens: int
     seed: int
+
+
+class Play(Protocol[Dialog_co]):
+    """One dialog per problem, in their order, as an `Episode` or a `Transcript`; `numbers` key their random
+    numbers. Where a job has several processes it is collective: all call it, and get all dialogs."""
+
+    def __call__(
+        self,
+        problems: Sequence[Problem],
+        *,
+        numbers: Sequence[int],
+        params: SamplingParams,
+        turns: int,
+        feedback: FeedbackKind,
+    ) -> Sequence[Dialog_co]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

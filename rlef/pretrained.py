@@ -170,6 +170,11 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         raise ConfigError(
             f"model.path: {file} is missing, but {_INDEX} names it; copy the folder again"
         ) from None
+    except MemoryError:
+        raise ConfigError(
+            f"model.path: {file} of {file.stat().st_size:,} bytes does not fit this process's address space; "
+            "raise its limit (ulimit -v), or write the model as several files"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"model.path: {file} cannot be read ({error}); copy it again") from None
 

@@ -5,9 +5,10 @@ problems. docs/problems.md describes the format of the files.
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any, BinaryIO, Literal, get_args
@@ -18,7 +19,16 @@ from rlef import hidden_conventions
 from rlef.config import Config, ConfigError, ExecutorConfig, ProblemsConfig
 from rlef.files import replacing
 from rlef.judging import CHECKER_LIMITS
-from rlef.records import Assertion, Expression, Problem, ProblemFlag, ProblemTest, text_input
+from rlef.prompts import with_stub
+from rlef.records import (
+    Assertion,
+    Expression,
+    FeedbackDialect,
+    Problem,
+    ProblemFlag,
+    ProblemTest,
+    text_input,
+)
 from rlef_sandbox import Call, Checker, Judge, Test, Tokens
 
 Part = Literal["train", "eval"]
@@ -118,6 +128,9 @@ class ProblemRow(_Row):
     flags: list[ProblemFlag] = []
     difficulty: str = ""
     rating: int | None = None
+    solve_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    dialect: FeedbackDialect = "code_contests"
+    stub: str = ""
 
 
 def load(config: Config, part: Part) -> list[Problem]:
@@ -131,6 +144,11 @@ def load(config: Config, part: Part) -> list[Problem]:
             raise ConfigError(
                 f"{setting}: {source!r} is not a split of the embedded source; use one of "
                 + ", ".join(_EMBEDDED_PREFIX + name for name in hidden_conventions.SPLITS)
+            )
+        if part == "train" and config.problems.order == "easy_first":
+            raise ConfigError(
+                f"problems.order = 'easy_first', and nothing says how hard a problem of {source} is; "
+                "set problems.order=shuffled"
             )
         size: int = getattr(config.problems, f"{part}_size")
         return list(hidden_conventions.generate(split, seed=config.problems.seed, size=size))
@@ -148,14 +166,21 @@ def load(config: Config, part: Part) -> list[Problem]:
                 f"{setting}: {path}: problem {problem.id!r} has the flag 'interactive', and tests cannot "
                 "judge a dialog; take it out of the file"
             )
-    return problems
+    if part == "train" and config.problems.order == "easy_first":
+        hardness(problems)
+    return problems if config.problems.dialect == "own" else [_without_dialect(each) for each in problems]
 
 
-def check(config: Config) -> None:
-    """Raises what `load` would, without making the problems of the embedded source."""
-    one_each = config.problems.model_copy(update={"train_size": 1, "eval_size": 1})
-    for part in get_args(Part):
-        load(config.model_copy(update={"problems": one_each}), part)
+def _without_dialect(problem: Problem) -> Problem:
+    statement = with_stub(problem.statement, problem.stub)
+    return replace(problem, dialect="code_contests", stub="", statement=statement)
+
+
+def check(config: Config) -> dict[Part, list[Problem]]:
+    """Raises what `load` would. What it would give, but two problems at most of the embedded source."""
+    sizes = {f"{part}_size": min(2, getattr(config.problems, f"{part}_size")) for part in get_args(Part)}
+    small = config.model_copy(update={"problems": config.problems.model_copy(update=sizes)})
+    return {part: load(small, part) for part in get_args(Part)}
 
 
 def read_jsonl(
@@ -212,6 +237,9 @@ def line_of(problem: Problem) -> str:
         "flags": list(problem.flags),
         "difficulty": problem.difficulty,
         "rating": problem.rating,
+        "solve_rate": problem.solve_rate,
+        "dialect": "" if problem.dialect == "code_contests" else problem.dialect,
+        "stub": problem.stub,
     }
     fields |= {name: value for name, value in optional.items() if value not in ([], "", None)}
     line = json.dumps(fields, ensure_ascii=False) + "\n"
@@ -226,18 +254,65 @@ class Cursor:
     problems: list[Problem]
     seed: int
     position: int = 0
+    hardness: Sequence[
+        float
+    ] = ()  # [problems] by which each round is sorted; those that are equal are shuffled
+    _order: tuple[int, list[int]] = (-1, [])  # of the round that was taken from last
+
+    @property
+    def round(self) -> int:
+        return self.position // len(self.problems)
 
     def take(self, count: int) -> list[Problem]:
         """The next `count` problems."""
         taken: list[Problem] = []
         while len(taken) < count:
-            round_number, offset = divmod(self.position, len(self.problems))
-            order = list(range(len(self.problems)))
-            Random(f"{self.seed}/{round_number}").shuffle(order)
-            chunk = order[offset : offset + count - len(taken)]
+            offset = self.position % len(self.problems)
+            chunk = self._order_of(self.round)[offset : offset + count - len(taken)]
             taken += [self.problems[index] for index in chunk]
             self.position += len(chunk)
         return taken
+
+    def _order_of(self, round_number: int) -> list[int]:
+        if self._order[0] != round_number:
+            order = list(range(len(self.problems)))
+            Random(f"{self.seed}/{round_number}").shuffle(order)
+            if self.hardness:
+                order.sort(key=self.hardness.__getitem__)
+            self._order = (round_number, order)
+        return self._order[1]
+
+
+def statement_digest(problem: Problem) -> bytes:
+    """Equal for statements that differ in case and blanks alone."""
+    words = " ".join(problem.statement.lower().split())
+    return hashlib.sha256(words.encode("utf-8")).digest()
+
+
+def training_cursor(problems: list[Problem], config: Config) -> Cursor:
+    """In the order that `problems.order` names."""
+    sorts = config.problems.order == "easy_first"
+    return Cursor(problems, seed=config.run.seed, hardness=hardness(problems) if sorts else ())
+
+
+def hardness(problems: Sequence[Problem]) -> list[float]:
+    """How hard each problem is, by solve rate if all have one, else by rating if all have that.
+
+    Raises:
+        ConfigError: some have neither.
+    """
+    rates = [problem.solve_rate for problem in problems]
+    ratings = [problem.rating for problem in problems]
+    without = [problem.id for problem in problems if problem.solve_rate is None]
+    if not without:
+        return [-rate for rate in rates if rate is not None]
+    if None not in ratings:
+        return [float(rating) for rating in ratings if rating is not None]
+    raise ConfigError(
+        f"problems.order = 'easy_first', and {len(without)} of {len(problems)} problems, such as "
+        f"{without[0]!r}, have no solve_rate, nor have all a rating; measure them (rlef problems select "
+        "--drop-unknown leaves them out), or set problems.order=shuffled"
+    )
 
 
 def _lines(file: BinaryIO, path: Path, max_test_bytes: int) -> Iterator[bytes]:
@@ -312,6 +387,9 @@ def problem_of(row: object, place: str, *, defaults: ExecutorConfig, max_test_by
         flags=tuple(fields.flags),
         difficulty=fields.difficulty,
         rating=fields.rating,
+        solve_rate=fields.solve_rate,
+        dialect=fields.dialect,
+        stub=fields.stub,
     )
     require_judgeable(problem, place, max_test_bytes=max_test_bytes)
     return problem
@@ -333,6 +411,13 @@ def require_judgeable(problem: Problem, place: str, *, max_test_bytes: int) -> N
         )
     if needs_function and not problem.function:
         raise ConfigError(f"{place}: field 'function': missing; name what the tests call")
+    if problem.dialect == "evalplus" and kind is Test:
+        raise ConfigError(
+            f"{place}: field 'dialect': 'evalplus' tells tests as assertions, and these have text for input; "
+            "leave it out"
+        )
+    if "```" in problem.stub:
+        raise ConfigError(f"{place}: field 'stub': three backticks would end the code that it begins")
     for name in ("public_tests", "private_tests"):
         for index, test in enumerate(getattr(problem, name)):
             _require_usable(test, place, f"{name}.{index}", max_test_bytes)

@@ -67,7 +67,7 @@ _OUTCOME_OF_VERDICT = {
     Verdict.SYNTAX_ERROR: TurnOutcome.SYNTAX_ERROR,
     Verdict.SECURITY: TurnOutcome.SECURITY,
 }
-_REMARKS = {
+REMARKS = {
     Verdict.TIMEOUT: TIMEOUT_REMARK,
     Verdict.OUT_OF_MEMORY: MEMORY_REMARK,
     Verdict.OUTPUT_LIMIT: OUTPUT_LIMIT_REMARK,
@@ -83,8 +83,13 @@ class FailedTest:
     result: Result
 
 
-def extract_code(response: str) -> str | None:
-    """The first block marked python or py, else the first fenced block, else None (PAPER section 1)."""
+def extract_code(response: str, *, stub: str = "") -> str | None:
+    """The first block marked python or py, else the first fenced block, else None (PAPER section 1).
+
+    A response that goes on from a stub is code up to the first fence: there is always some.
+    """
+    if stub:
+        return stub + response.partition(FENCE_CLOSE)[0]
     match = _PYTHON_BLOCK.search(response) or _ANY_BLOCK.search(response)
     return match.group(1) if match else None
 
@@ -99,9 +104,21 @@ def turn_outcome(code: str | None, results: Sequence[Result]) -> TurnOutcome:
     return TurnOutcome.PASSED
 
 
+def begun_text(stub: str) -> str:
+    """The beginning of each response to a problem with this stub."""
+    return FENCE_OPEN + stub if stub else ""
+
+
 def prompt_text(statement: str) -> str:
     """The first user message."""
     return statement + FORMAT_REQUEST
+
+
+def with_stub(statement: str, stub: str) -> str:
+    """A statement that says what the program should begin with, for answers that are not begun with it."""
+    if stub.strip() in statement:
+        return statement
+    return f"{statement.rstrip()}\n\nBegin your program with this:\n\n{stub.rstrip()}\n"
 
 
 def feedback_text(failed: Sequence[FailedTest], *, max_test_characters: int) -> str:
@@ -140,21 +157,22 @@ def shorten_trace(trace: str, *, max_characters: int) -> str:
 
 def _bullet(item: FailedTest, max_characters: int) -> str:
     test, verdict = shown(item.test, item.result), item.result.verdict
-    pieces = [INPUT_HEADING, _cut(test.input, max_characters)]
-    if verdict in _REMARKS:
-        pieces.append(_REMARKS[verdict])
+    pieces = [INPUT_HEADING, cut(test.input, max_characters)]
+    if verdict in REMARKS:
+        pieces.append(REMARKS[verdict])
     elif verdict is Verdict.WRONG_OUTPUT and test.expected is None:
         pieces.append(ENDED_EARLY_REMARK)
     elif verdict is Verdict.WRONG_OUTPUT:
         assert test.expected is not None
-        pieces += [EXPECTED_HEADING, _cut(test.expected, max_characters)]
-        pieces += [OUTPUT_HEADING, _cut(test.output, max_characters)]
+        pieces += [EXPECTED_HEADING, cut(test.expected, max_characters)]
+        pieces += [OUTPUT_HEADING, cut(test.output, max_characters)]
     else:
         pieces += [TRACE_HEADING, shorten_trace(item.result.stderr, max_characters=max_characters)]
     return "".join(pieces)
 
 
-def _cut(text: str, max_characters: int) -> str:
+def cut(text: str, max_characters: int) -> str:
+    """The beginning of a text, marked where it was longer; without the line ends at its end."""
     text = text.rstrip("\n")
     return text if len(text) <= max_characters else text[:max_characters] + CUT_MARK
 
@@ -236,32 +254,44 @@ class Dialog:
                 "use the tokenizer that belongs to the model"
             )
 
-    def prompt(self, statement: str) -> list[int]:
-        """Token ids of the first message, cut on the left to `max_prompt_tokens`."""
-        room = self._room(self._first_ids, self._settings.max_prompt_tokens)
-        return [*self._first_ids, *self._encode(prompt_text(statement))[-room:], *self._assistant_ids]
+    def prompt(self, statement: str, *, stub: str = "") -> list[int]:
+        """Token ids of the first message and of the stub, cut on the left to `max_prompt_tokens`."""
+        begun = self._begun(stub)
+        room = self._room(self._first_ids, self._settings.max_prompt_tokens) - len(begun)
+        return [*self._first_ids, *self._encode(prompt_text(statement))[-room:], *self._assistant_ids, *begun]
 
-    def feedback(self, text: str) -> list[int]:
-        """Token ids of a feedback message, cut on the right, and marked, to `max_feedback_tokens`."""
-        ids = self._encode(text)
-        room = self._room(self._user_ids, self._settings.max_feedback_tokens)
+    def feedback(self, text: str, *, stub: str = "") -> list[int]:
+        """Token ids of a feedback message, cut on the right, and marked, and of the stub with which the next
+        response begins: `max_feedback_tokens` in all."""
+        ids, begun = self._encode(text), self._begun(stub)
+        room = self._room(self._user_ids, self._settings.max_feedback_tokens) - len(begun)
         if len(ids) > room:
             ids = ids[: room - len(self._cut_ids)] + self._cut_ids
-        return [*self._user_ids, *ids, *self._assistant_ids]
+        return [*self._user_ids, *ids, *self._assistant_ids, *begun]
+
+    def check_stub(self, stub: str, problem_id: str) -> None:
+        """Raises ConfigError where a stub leaves no room for the messages before it."""
+        for name, opening in self._openings().items():
+            tokens, least = getattr(self._settings, name), len(self._cut_ids) + 1
+            if (room := self._room(opening, tokens) - len(self._begun(stub))) < least:
+                raise ConfigError(
+                    f"rollout.{name} = {tokens} leaves no room before the stub of problem {problem_id!r}; "
+                    f"use at least {tokens - room + least}, or problems.dialect=code_contests without stubs"
+                )
 
     def close(self, response_ids: Sequence[int]) -> list[int]:
         """What must be appended so that the response ends with the end-of-turn token."""
         return [] if response_ids and response_ids[-1] == self.end_token_id else [self.end_token_id]
 
-    def told(self, observed: Sequence[int]) -> str:
-        """Text of the message in what stands before a response, without the markers around it.
+    def told(self, observed: Sequence[int], *, stub: str = "") -> str:
+        """Text of the message in what stands before a response, without the markers around it and the stub.
 
         `observed` begins as the dialog does, or where the response before it ended, be it whole or cut off.
         """
         ids = list(observed)
         beginnings = (self._first_ids, self._user_ids, [self.end_token_id, *self._user_ids])
         opening = max(len(marker) for marker in beginnings if ids[: len(marker)] == marker)
-        return self.decode(ids[opening : len(ids) - len(self._assistant_ids)])
+        return self.decode(ids[opening : len(ids) - len(self._assistant_ids) - len(self._begun(stub))])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a response, without the end-of-turn token."""
@@ -278,11 +308,15 @@ class Dialog:
         """Tokens that are left for a message between its markers."""
         return max_tokens - len(opening) - len(self._assistant_ids)
 
+    def _begun(self, stub: str) -> list[int]:
+        """What the policy finds written at the beginning of its response."""
+        return self._encode(begun_text(stub))
+
+    def _openings(self) -> dict[str, list[int]]:
+        return {"max_prompt_tokens": self._first_ids, "max_feedback_tokens": self._user_ids}
+
     def _check_room(self) -> None:
-        for name, opening in {
-            "max_prompt_tokens": self._first_ids,
-            "max_feedback_tokens": self._user_ids,
-        }.items():
+        for name, opening in self._openings().items():
             tokens, least = getattr(self._settings, name), len(self._cut_ids) + 1
             if (room := self._room(opening, tokens)) < least:
                 raise ConfigError(

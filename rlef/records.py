@@ -5,7 +5,7 @@ They are named in the order in which data meets them: Problem, Turn, Episode, Ba
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -42,6 +42,11 @@ ProblemFlag = Literal["interactive", "several_answers"]
 where the tests name one."""
 
 
+FeedbackDialect = Literal["code_contests", "evalplus"]
+"""How feedback tells of public tests: the failing ones with input and output, as the paper does for
+CodeContests, or all of them as assertions with values, as it does for HumanEval+ and MBPP+."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One programming task. Public tests feed the dialog, private tests only the reward.
@@ -65,6 +70,11 @@ class Problem:
     flags: tuple[ProblemFlag, ...] = ()
     difficulty: str = ""  # in the source's own words
     rating: int | None = None
+    solve_rate: float | None = (
+        None  # of some model's dialogs about it, as `rlef problems select` has measured
+    )
+    dialect: FeedbackDialect = "code_contests"
+    stub: str = ""  # what the code of every response begins with; prefilled, so the policy is not charged
 
 
 def text_input(test: ProblemTest) -> str:
@@ -98,6 +108,7 @@ class Turn:
     code: str | None  # None when no program could be found in the response
     outcome: TurnOutcome
     public_results: tuple[Result, ...]
+    seconds: float = field(default=0.0, compare=False)  # its share of the wall-clock time, where it is taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,8 @@ DIALOGS_FILE = "dialogs.jsonl"
 REPORT_FILE = "report.html"
 PHASES = ("start", "final")
 
+_BUDGET = r"1@\d+"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
@@ -194,16 +196,17 @@ def before_after_table(summary: Mapping[str, Any]) -> Table:
 def read_summary(path: Path) -> dict[str, Any]:
     """Raises ValueError if it is missing or has no figures of the start; the message names the mend."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        summary: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{path} is missing: name the folder of a run that has evaluated its start"
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): evaluate the run again") from None
-    if not isinstance(summary, dict) or not summary.get("start"):
+    start = summary.get("start") if isinstance(summary, dict) else None
+    if not isinstance(start, dict) or not any(re.fullmatch(_BUDGET, name) for name in start):
         raise ValueError(f"{path} has no figures of the start: evaluate the run again")
-    return summary
+    return dict(summary)
 
 
 def save_dialogs(path: Path, phase: str, examples: Sequence[DialogExample]) -> None:
@@ -249,7 +252,7 @@ def page_template(name: str) -> jinja2.Template:
 
 def _budget(summary: Mapping[str, Any]) -> str:
     """The headline figure's name, 1@turns."""
-    names: list[str] = [name for name in summary["start"] if re.fullmatch(r"1@\d+", name)]
+    names: list[str] = [name for name in summary["start"] if re.fullmatch(_BUDGET, name)]
     return max(names, key=lambda name: int(name[2:]))
 
 

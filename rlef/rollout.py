@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from dataclasses import dataclass, field, replace
+from typing import Any, NotRequired, TypedDict
 
 import torch.distributed as dist
 
-from rlef import prompts
+from rlef import dialects, judging, prompts
 from rlef.config import FeedbackKind, RolloutConfig
 from rlef.judging import job_of
 from rlef.ports import Request, Response, SamplingParams, StreamingSampler
-from rlef.prompts import Dialog, FailedTest
+from rlef.prompts import Dialog
 from rlef.records import Episode, Problem, Turn, TurnOutcome
+from rlef.unrelated import Place, UnrelatedFeedback
 from rlef_sandbox import Executor, Job, Result, Tally, Verdict
 
 
@@ -40,6 +41,7 @@ class CollectSettings(TypedDict):
     params: SamplingParams
     turns: int
     feedback: FeedbackKind
+    unrelated: NotRequired[UnrelatedFeedback | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +83,7 @@ class Attempt:
         )
 
     def public_job(self, code: str) -> Job:
-        return job_of(self.problem, code, self.problem.public_tests)
+        return judging.public_job(self.problem, code)
 
     def private_job(self) -> Job:
         """Of the last code, up to the first failure."""
@@ -96,6 +98,10 @@ class Attempt:
     @property
     def passed_public(self) -> bool:
         return self.turns[-1].outcome is TurnOutcome.PASSED
+
+    @property
+    def place(self) -> Place:
+        return Place(problem_id=self.problem.id, number=self.number, turn=len(self.turns))
 
     def episode(self) -> Episode:
         return Episode(
@@ -121,8 +127,11 @@ def collect(
     params: SamplingParams,
     turns: int,
     feedback: FeedbackKind,
+    unrelated: UnrelatedFeedback | None = None,
 ) -> Collection:
     """One episode per problem; `numbers` key their random streams.
+
+    Random feedback is that of `unrelated`, or without it what other episodes of the same turn were told.
 
     An episode ends when all public tests pass or `turns` responses are given; its last code is then judged on
     all tests. A failure of the sandbox itself is raised (`SandboxFault`), never scored.
@@ -139,14 +148,19 @@ def collect(
             attempt.respond(response)
         all_results = _run_public_tests(live, responses, dialog, executor)
         tests_run += sum(len(results) for results in all_results)
-        executing_s += time.monotonic() - sampled
+        executed = time.monotonic()
+        executing_s += executed - sampled
         sampling_s += sampled - started
+        charge(live, executed - started)
         live = [attempt for attempt in live if not attempt.passed_public]
         if turn == turns - 1 or not live:
             break
-        for attempt, text in zip(live, feedback_messages(live, feedback, settings), strict=True):
+        texts = feedback_messages(
+            live, feedback, settings, unrelated=unrelated, seed=params.seed, executor=executor
+        )
+        for attempt, text in zip(live, texts, strict=True):
             attempt.observe(dialog.close(attempt.token_ids))
-            attempt.observe(dialog.feedback(text))
+            attempt.observe(dialog.feedback(text, stub=attempt.problem.stub))
     started = time.monotonic()
     tests_run += judge_attempts([attempt for attempt in attempts if attempt.passed_public], executor)
     executing_s += time.monotonic() - started
@@ -185,7 +199,7 @@ def interleaved(shares: Sequence[Collection]) -> Collection:
 
 def begin(problem: Problem, number: int, dialog: Dialog) -> Attempt:
     attempt = Attempt(problem, number, [])
-    attempt.observe(dialog.prompt(problem.statement))
+    attempt.observe(dialog.prompt(problem.statement, stub=problem.stub))
     return attempt
 
 
@@ -193,7 +207,10 @@ def _run_public_tests(
     attempts: Sequence[Attempt], responses: Sequence[Response], dialog: Dialog, executor: Executor
 ) -> list[list[Result]]:
     """Append a turn to every attempt. A response without code runs nothing."""
-    codes = [prompts.extract_code(dialog.decode(response.token_ids)) for response in responses]
+    codes = [
+        prompts.extract_code(dialog.decode(response.token_ids), stub=attempt.problem.stub)
+        for attempt, response in zip(attempts, responses, strict=True)
+    ]
     jobs = [
         attempt.public_job(code) for attempt, code in zip(attempts, codes, strict=True) if code is not None
     ]
@@ -205,11 +222,19 @@ def _run_public_tests(
 
 
 def feedback_messages(
-    attempts: Sequence[Attempt], feedback: FeedbackKind, settings: RolloutConfig
+    attempts: Sequence[Attempt],
+    feedback: FeedbackKind,
+    settings: RolloutConfig,
+    *,
+    unrelated: UnrelatedFeedback | None,
+    seed: int,
+    executor: Executor,
 ) -> list[str]:
     """The feedback that each failed attempt is shown."""
     if feedback == "none":
         return [prompts.untold_text()] * len(attempts)
+    if feedback == "random" and unrelated is not None:
+        return unrelated.messages([attempt.place for attempt in attempts], seed=seed, executor=executor)
     true = [true_message(attempt, settings) for attempt in attempts]
     if feedback == "true":
         return true
@@ -218,14 +243,9 @@ def feedback_messages(
 
 def true_message(attempt: Attempt, settings: RolloutConfig) -> str:
     turn = attempt.turns[-1]
-    if turn.code is None:
-        return prompts.no_code_text()
-    failed = [
-        FailedTest(test=test, result=result)
-        for test, result in zip(attempt.problem.public_tests, turn.public_results, strict=True)
-        if result.verdict is not Verdict.PASSED
-    ]
-    return prompts.feedback_text(failed, max_test_characters=settings.max_test_characters)
+    return dialects.message_after(
+        attempt.problem, turn.code, turn.public_results, max_test_characters=settings.max_test_characters
+    )
 
 
 def _unrelated_message(index: int, attempts: Sequence[Attempt], messages: Sequence[str]) -> str:
@@ -246,5 +266,14 @@ def _unrelated_message(index: int, attempts: Sequence[Attempt], messages: Sequen
 def judge_attempts(attempts: Sequence[Attempt], executor: Executor) -> int:
     """Run the private tests of attempts whose public tests pass, up to the first failure; how many were
     run."""
+    started = time.monotonic()
     all_results = executor.run_many([attempt.private_job() for attempt in attempts])
+    charge(attempts, time.monotonic() - started)
     return sum(attempt.judge(results) for attempt, results in zip(attempts, all_results, strict=True))
+
+
+def charge(attempts: Sequence[Attempt], seconds: float) -> None:
+    """Share wall-clock time out to the turns that these attempts have taken last."""
+    for attempt in attempts:
+        turn = attempt.turns[-1]
+        attempt.turns[-1] = replace(turn, seconds=turn.seconds + seconds / len(attempts))

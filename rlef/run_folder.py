@@ -213,7 +213,7 @@ def read_run_config(path: Path) -> Config:
     file = path / CONFIG_FILE
     try:
         return Config.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path} is not a run's folder: it has no {CONFIG_FILE}") from None
     except ValidationError as error:
         raise ConfigError(f"{file} is not what a run of this version writes: {explain(error)}") from None

@@ -19,6 +19,7 @@ from rlef import problems as sources
 from rlef.asynchronous import AsynchronousRollouts
 from rlef.bridge import LearnersEnd, Order, SamplersEnd
 from rlef.config import Config, ConfigError, FeedbackKind
+from rlef.curriculum import Curriculum, Progress, skips
 from rlef.engine_group import Calls, Follower, LeadingSampler
 from rlef.execution import open_executor
 from rlef.families import read_shape
@@ -26,7 +27,6 @@ from rlef.faults import RunFault, Watch, doing
 from rlef.job import Job, leave
 from rlef.ports import Network, SamplingParams, StreamingSampler
 from rlef.pretrained import StoredWeights, model_folder
-from rlef.problems import Cursor
 from rlef.prompts import Dialog
 from rlef.records import Episode, ModelShape, Problem
 from rlef.rollout import Collection, CollectSettings, interleaved, share_out
@@ -34,6 +34,7 @@ from rlef.rollout import collect as collect_in_lockstep
 from rlef.samplers import build_sampler
 from rlef.stopping import StopRequest
 from rlef.streaming import collect_overlapped, merged
+from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
 from rlef.words import Words
 
 
@@ -50,12 +51,17 @@ class Rollouts(Protocol):
 
     own_s: dict[str, float]  # this process's seconds of the last step, by phase
 
-    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
-        """Begin with `step`, whose problems are counted from `origin`; go on with what `save` gave."""
+    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
+        """Begin with `step`, whose problems are counted from `origin`; go on with what `save` and `record`
+        gave."""
         ...
 
     def collect(self, step: int) -> Collection:
         """The episodes of a step, in the order of their numbers."""
+        ...
+
+    def record(self, episodes: Sequence[Episode]) -> Progress | None:
+        """Let what came of the step that was collected last decide on later problems, if it is to."""
         ...
 
     def evaluate(
@@ -65,7 +71,7 @@ class Rollouts(Protocol):
         numbers: Sequence[int],
         **settings: Unpack[EvaluationSettings],
     ) -> Sequence[Episode]:
-        """As `evaluate.Rollouts`."""
+        """As `ports.Play`."""
         ...
 
     def push(self, policy: Network, version: int) -> None:
@@ -104,21 +110,31 @@ class OwnRollouts:
         """
         self._config = config
         self._index, self._of = index, of
+        self.is_first = index == 0
         self._sampler, self.shape, self._dialog = _load_sampler(config, stack, job)
         if calls is not None:
             self._sampler = LeadingSampler(self._sampler, calls)
             stack.callback(calls.close)
-        self._problems = sources.load(config, "train")
-        self._origin = 0  # where in them step 0 began
+        problems = sources.load(config, "train")
+        self._cursor = sources.training_cursor(problems, config)
+        self._origin = 0  # where in the problems step 0 began
+        self._curriculum: Curriculum | None = None  # where outcomes decide on problems, from `start` on
         self._eval_problems = sources.load(config, "eval")
+        self._unrelated = unrelated_feedback(problems, config.rollout)
+        self._unrelated_held_out = unrelated_feedback(self._eval_problems, config.rollout)
         self._executor = stack.enter_context(open_executor(config.executor, ranks=job.engine_ranks))
         self._asynchronous: AsynchronousRollouts | None = None  # until `start`
         self._device = job.device
         self._stack = stack
 
-    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
-        """`saved` may hold episodes of others."""
+    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
+        """`saved` may hold episodes of others.
+
+        Raises ConfigError: `progress` is of other problems.
+        """
         self._origin = origin
+        if skips(self._config.problems):
+            self._curriculum = Curriculum(self._cursor, self._config, step=step, progress=progress)
         if self._config.rollout.max_staleness > 0:
             self._asynchronous = AsynchronousRollouts(
                 self._training_settings(),
@@ -139,6 +155,10 @@ class OwnRollouts:
             collect = collect_overlapped if rollout.overlap else collect_in_lockstep
             return collect(problems, numbers=numbers, **self._training_settings())
 
+    def record(self, solved: Sequence[bool]) -> Progress | None:
+        """Of all episodes, not of this process's alone. None where outcomes decide on nothing."""
+        return None if self._curriculum is None else self._curriculum.record(solved)
+
     def evaluate(
         self,
         problems: Sequence[Problem],
@@ -147,12 +167,13 @@ class OwnRollouts:
         **settings: Unpack[EvaluationSettings],
     ) -> Collection:
         """This process's share. Meanwhile training episodes wait."""
-        overlap = self._config.rollout.overlap and settings["feedback"] != "random"
+        unrelated = self._unrelated_held_out
+        overlap = self._config.rollout.overlap and (settings["feedback"] != "random" or unrelated is not None)
         with nullcontext() if self._asynchronous is None else self._asynchronous.paused():
             return (collect_overlapped if overlap else collect_in_lockstep)(
                 problems[self._index :: self._of],
                 numbers=numbers[self._index :: self._of],
-                **self._settings(**settings),
+                **self._settings(**settings, unrelated=unrelated),
             )
 
     def evaluate_held_out(
@@ -175,10 +196,13 @@ class OwnRollouts:
     def _share(self, step: int) -> tuple[Sequence[Problem], Sequence[int]]:
         """This process's problems of a training step, and the numbers of their episodes."""
         count = self._config.rollout.episodes_per_step
-        position = self._origin + step * count
-        cursor = Cursor(self._problems, seed=self._config.run.seed, position=position)
         numbers = range(step * count, (step + 1) * count)
-        return cursor.take(count)[self._index :: self._of], numbers[self._index :: self._of]
+        if self._curriculum is not None:
+            problems = self._curriculum.problems_of(step)
+        else:
+            self._cursor.position = self._origin + step * count
+            problems = self._cursor.take(count)
+        return problems[self._index :: self._of], numbers[self._index :: self._of]
 
     def _training_settings(self) -> CollectSettings:
         rollout = self._config.rollout
@@ -188,9 +212,15 @@ class OwnRollouts:
             max_tokens=rollout.max_response_tokens,
             seed=self._config.run.seed,
         )
-        return self._settings(params, rollout.turns, rollout.feedback)
+        return self._settings(params, rollout.turns, rollout.feedback, self._unrelated)
 
-    def _settings(self, params: SamplingParams, turns: int, feedback: FeedbackKind) -> CollectSettings:
+    def _settings(
+        self,
+        params: SamplingParams,
+        turns: int,
+        feedback: FeedbackKind,
+        unrelated: UnrelatedFeedback | None,
+    ) -> CollectSettings:
         return CollectSettings(
             sampler=self._sampler,
             executor=self._executor,
@@ -199,6 +229,7 @@ class OwnRollouts:
             params=params,
             turns=turns,
             feedback=feedback,
+            unrelated=unrelated,
         )
 
 
@@ -222,8 +253,8 @@ class Colocated:
         self._watch = watch
         self.own_s: dict[str, float] = {}
 
-    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
-        self._own.start(step, origin, saved)
+    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
+        self._own.start(step, origin, saved, progress)
 
     def collect(self, step: int) -> Collection:
         with self._watch.phase(f"sampling step {step + 1}"):
@@ -231,6 +262,9 @@ class Colocated:
         self.own_s = {"sampling": own.sampling_s, "executing": own.executing_s}
         with self._watch.phase(f"sharing the episodes of step {step + 1}"):
             return share_out(own)
+
+    def record(self, episodes: Sequence[Episode]) -> Progress | None:
+        return self._own.record([episode.solved for episode in episodes])
 
     def evaluate(
         self, problems: Sequence[Problem], *, numbers: Sequence[int], **settings: Unpack[EvaluationSettings]
@@ -253,17 +287,28 @@ class Colocated:
 class Disaggregated:
     """`Rollouts` where other processes make the episodes."""
 
-    def __init__(self, bridge: LearnersEnd, watch: Watch) -> None:
+    def __init__(self, bridge: LearnersEnd, watch: Watch, *, records: bool) -> None:
+        """`records`: whether outcomes decide on problems."""
         self._bridge = bridge
         self._watch = watch
+        self._records = records
         self.own_s: dict[str, float] = {}
 
-    def start(self, step: int, origin: int, saved: Sequence[str]) -> None:
-        self._bridge.tell("start", list(saved), step=step, origin=origin)
+    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
+        self._bridge.tell("start", (list(saved), progress), step=step, origin=origin)
 
     def collect(self, step: int) -> Collection:
         with self._watch.phase(f"waiting for the episodes of step {step + 1}"):
             return interleaved(self._bridge.ask("collect", step=step))
+
+    def record(self, episodes: Sequence[Episode]) -> Progress | None:
+        """Each sampler chooses for itself; the first one says where they stand."""
+        if not self._records:
+            return None
+        with self._watch.phase("recording outcomes"):
+            replies = self._bridge.ask("record", solved=[int(episode.solved) for episode in episodes])
+        progress: Progress = replies[0]
+        return progress
 
     def evaluate(
         self, _problems: Sequence[Problem], *, numbers: Sequence[int], **settings: Unpack[EvaluationSettings]
@@ -351,9 +396,16 @@ def _carry_out(order: Order, own: OwnRollouts, bridge: SamplersEnd) -> None:
     details = dict(order.details)
     match order.kind:
         case "start":
-            own.start(**details, saved=bridge.take())
+            saved, progress = bridge.take()
+            try:
+                own.start(**details, saved=saved, progress=progress)
+            except ConfigError as error:  # as of the constructor
+                raise RunFault(str(error)) from error
         case "collect":
             bridge.reply(own.collect(**details))
+        case "record":
+            progress = own.record([bool(each) for each in details["solved"]])
+            bridge.reply(progress if own.is_first else None)
         case "load":
             own.push(bridge.weights(details["dtype"]), details["version"])
         case "evaluate":
@@ -377,6 +429,8 @@ def _phase_of(order: Order) -> str:
             return "evaluating"
         case "save":
             return "saving what is under way"
+        case "record":
+            return "recording outcomes"
         case "end":
             return "starting or stopping"
         case _:

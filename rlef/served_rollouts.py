@@ -1,7 +1,9 @@
 """Dialogs with a model behind a server: `rollout.collect` for messages instead of token ids.
 
-The messages are those that our own policies get. Limits in tokens (`rollout.max_prompt_tokens`,
-`rollout.max_feedback_tokens`) do not apply, since only the server has the tokenizer.
+The messages are those that our own policies get. Not every server goes on from the
+beginning of an answer, so the stub of a problem stands in its statement, and the answer is to hold it. Limits
+in tokens (`rollout.max_prompt_tokens`, `rollout.max_feedback_tokens`) do not apply, since only the server has
+the tokenizer.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from rlef.chat_server import ChatMessage, ChatServer, Reply
 from rlef.config import FeedbackKind, RolloutConfig
 from rlef.ports import Response, SamplingParams
 from rlef.records import Problem
-from rlef.rollout import Attempt, feedback_messages, judge_attempts
+from rlef.rollout import Attempt, charge, feedback_messages, judge_attempts
 from rlef.transcripts import Transcript, TranscriptTurn
+from rlef.unrelated import UnrelatedFeedback
 from rlef_sandbox import Executor
 
 
@@ -29,7 +32,7 @@ class _Served:
     messages: list[ChatMessage]
     replies: list[Reply] = field(default_factory=list)
 
-    def transcript(self, seconds: float) -> Transcript:
+    def transcript(self) -> Transcript:
         return Transcript(
             problem_id=self.attempt.problem.id,
             number=self.attempt.number,
@@ -41,11 +44,11 @@ class _Served:
                     finish_reason=reply.finish_reason,
                     prompt_tokens=reply.prompt_tokens,
                     response_tokens=reply.response_tokens,
+                    seconds=turn.seconds,
                 )
                 for turn, reply in zip(self.attempt.turns, self.replies, strict=True)
             ),
             solved=self.attempt.solved,
-            seconds=seconds,
         )
 
 
@@ -59,37 +62,49 @@ def collect_served(
     params: SamplingParams,
     turns: int,
     feedback: FeedbackKind,
+    unrelated: UnrelatedFeedback | None = None,
 ) -> list[Transcript]:
     """One dialog per problem, in their order; `numbers` and the turn key the seed of each request.
 
     A failure of the server (`ServerFault`) or of the sandbox (`SandboxFault`) is raised, never scored.
     """
-    started = time.monotonic()
     dialogs = [
         _Served(
             Attempt(problem, number, []),
-            [ChatMessage(role="user", content=prompts.prompt_text(problem.statement))],
+            [ChatMessage(role="user", content=_request(problem))],
         )
         for problem, number in zip(problems, numbers, strict=True)
     ]
     live = dialogs
     for turn in range(turns):
+        started = time.monotonic()
         replies = server.replies(
             [dialog.messages for dialog in live],
             params,
             seeds=[_seed(params.seed, dialog.attempt.number, turn) for dialog in live],
         )
         _execute(live, replies, executor)
+        charge([dialog.attempt for dialog in live], time.monotonic() - started)
         live = [dialog for dialog in live if not dialog.attempt.passed_public]
         if turn == turns - 1 or not live:
             break
-        texts = feedback_messages([dialog.attempt for dialog in live], feedback, settings)
+        texts = feedback_messages(
+            [dialog.attempt for dialog in live],
+            feedback,
+            settings,
+            unrelated=unrelated,
+            seed=params.seed,
+            executor=executor,
+        )
         for dialog, text in zip(live, texts, strict=True):
             dialog.messages.append(ChatMessage(role="assistant", content=dialog.replies[-1].text))
             dialog.messages.append(ChatMessage(role="user", content=text))
     judge_attempts([dialog.attempt for dialog in dialogs if dialog.attempt.passed_public], executor)
-    share = (time.monotonic() - started) / len(dialogs)
-    return [dialog.transcript(share) for dialog in dialogs]
+    return [dialog.transcript() for dialog in dialogs]
+
+
+def _request(problem: Problem) -> str:
+    return prompts.prompt_text(prompts.with_stub(problem.statement, problem.stub))
 
 
 def _execute(dialogs: Sequence[_Served], replies: Sequence[Reply], executor: Executor) -> None:

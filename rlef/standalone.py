@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from rlef.chat_server import ChatServer
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError, RolloutConfig
 from rlef.evaluate import SEED_OFFSET, evaluate, summarise
-from rlef.evaluation_folder import EvaluationFolder, Play, figures_of, identity_of, weights_digest
+from rlef.evaluation_folder import EvaluationFolder, figures_of, identity_of, weights_digest
 from rlef.execution import open_executor
 from rlef.families import read_config, read_shape, with_dtype
 from rlef.measurement import draws_of, measure
 from rlef.pieces import Piece, State
-from rlef.ports import SamplingParams, StreamingSampler
+from rlef.ports import Play, SamplingParams, StreamingSampler
 from rlef.pretrained import StoredWeights, model_folder, read_pretrained, write_config, write_weights
 from rlef.prompts import Dialog
 from rlef.records import Episode, ModelShape, Problem
@@ -34,6 +33,7 @@ from rlef.samplers import build_sampler
 from rlef.served_rollouts import collect_served
 from rlef.shards import stage_weights
 from rlef.transcripts import Transcript, of_episode
+from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
 from rlef_sandbox import Executor
 
 SOURCE = "source"
@@ -55,8 +55,9 @@ _OTHER_FILES = (
 
 def evaluate_model(config: Config) -> dict[str, Any]:
     """The four conditions on `problems.eval`, in this process alone; figures as in `summary.json`."""
-    with _model(config) as model:
-        evaluation = evaluate(sources.load(config, "eval"), rollouts=model.episodes, config=config)
+    problems = sources.load(config, "eval")
+    with _model(config, problems) as model:
+        evaluation = evaluate(problems, rollouts=model.episodes, config=config)
     return summarise(evaluation)
 
 
@@ -75,7 +76,7 @@ def evaluate_matrix(config: Config, path: Path, *, note: Callable[[str], None]) 
     drawn = {draw: folder.read(draw, problems) for draw in draws_of(config.evaluation)}
     missing = [draw for draw, kept in drawn.items() if len(kept) < draw.rollouts * len(problems)]
     if missing:
-        with (_server if is_served else _transcribed_model)(config) as play:
+        with (_server if is_served else _transcribed_model)(config, problems) as play:
             for draw in missing:
                 folder.complete(
                     draw,
@@ -104,6 +105,7 @@ class _Model:
     executor: Executor
     dialog: Dialog
     rollout: RolloutConfig
+    unrelated: UnrelatedFeedback | None
 
     def episodes(self, problems: Sequence[Problem], **settings: Any) -> Sequence[Episode]:
         return collect(
@@ -112,18 +114,16 @@ class _Model:
             executor=self.executor,
             dialog=self.dialog,
             settings=self.rollout,
+            unrelated=self.unrelated,
             **settings,
         ).episodes
 
     def transcripts(self, problems: Sequence[Problem], **settings: Any) -> list[Transcript]:
-        started = time.monotonic()
-        episodes = self.episodes(problems, **settings)
-        share = (time.monotonic() - started) / len(episodes)
-        return [of_episode(episode, self.dialog, seconds=share) for episode in episodes]
+        return [of_episode(episode, self.dialog) for episode in self.episodes(problems, **settings)]
 
 
 @contextmanager
-def _model(config: Config) -> Iterator[_Model]:
+def _model(config: Config, problems: Sequence[Problem]) -> Iterator[_Model]:
     folder = model_folder(config.model.path)
     shape, weights = read_pretrained(folder)
     dialog = Dialog.read(folder, config.rollout)
@@ -132,19 +132,31 @@ def _model(config: Config) -> Iterator[_Model]:
         open_executor(config.executor) as executor,
     ):
         sampler.push(weights.items(), version=0)
-        yield _Model(sampler=sampler, executor=executor, dialog=dialog, rollout=config.rollout)
+        yield _Model(
+            sampler=sampler,
+            executor=executor,
+            dialog=dialog,
+            rollout=config.rollout,
+            unrelated=unrelated_feedback(problems, config.rollout),
+        )
 
 
 @contextmanager
-def _transcribed_model(config: Config) -> Iterator[Play]:
-    with _model(config) as model:
+def _transcribed_model(config: Config, problems: Sequence[Problem]) -> Iterator[Play[Transcript]]:
+    with _model(config, problems) as model:
         yield model.transcripts
 
 
 @contextmanager
-def _server(config: Config) -> Iterator[Play]:
+def _server(config: Config, problems: Sequence[Problem]) -> Iterator[Play[Transcript]]:
     with closing(ChatServer(config.server)) as server, open_executor(config.executor) as executor:
-        yield functools.partial(collect_served, server=server, executor=executor, settings=config.rollout)
+        yield functools.partial(
+            collect_served,
+            server=server,
+            executor=executor,
+            settings=config.rollout,
+            unrelated=unrelated_feedback(problems, config.rollout),
+        )
 
 
 def export_policy(config: Config, folder: RunFolder, output: Path, *, dtype: str, max_file_bytes: int) -> int:

@@ -17,11 +17,12 @@ from typing import Unpack
 from pydantic import ConfigDict, TypeAdapter
 
 from rlef import prompts
-from rlef.config import RolloutConfig
+from rlef.config import FeedbackKind, RolloutConfig
 from rlef.ports import UNFINISHED, Request, Response, SamplingParams, StreamingSampler
 from rlef.prompts import Dialog
 from rlef.records import Episode, Problem, Turn
 from rlef.rollout import Attempt, Collection, CollectSettings, begin, true_message
+from rlef.unrelated import UnrelatedFeedback
 from rlef_sandbox import Executor, Job, Result
 
 
@@ -72,7 +73,8 @@ class Episodes:
         settings: RolloutConfig,
         params: SamplingParams,
         turns: int,
-        tell: bool,  # what failed, or only that something did
+        feedback: FeedbackKind,
+        unrelated: UnrelatedFeedback | None,
     ) -> None:
         self._sampler = sampler
         self._executor = executor
@@ -80,7 +82,8 @@ class Episodes:
         self._settings = settings
         self._params = params
         self._turns = turns
-        self._tell = tell
+        self._feedback = feedback
+        self._unrelated = unrelated
         self._under_way: dict[int, _UnderWay] = {}
         self._sampling: set[int] = set()  # numbers whose response is not whole
         self._wanted = asyncio.Event()
@@ -103,9 +106,9 @@ class Episodes:
         while not self._is_over(attempt):
             await self._take_turn(under_way)
             if not self._is_over(attempt):
+                text = await self._message(attempt)
                 attempt.observe(self._dialog.close(attempt.token_ids))
-                text = true_message(attempt, self._settings) if self._tell else prompts.untold_text()
-                attempt.observe(self._dialog.feedback(text))
+                attempt.observe(self._dialog.feedback(text, stub=problem.stub))
         if attempt.passed_public and not under_way.is_done:
             results = await self._execute(attempt.private_job())
             self.tests_run += attempt.judge(results)
@@ -173,12 +176,21 @@ class Episodes:
 
     async def _take_turn(self, under_way: _UnderWay) -> None:
         attempt, response = under_way.attempt, await self._respond(under_way)
-        code = prompts.extract_code(self._dialog.decode(response.token_ids))
+        code = prompts.extract_code(self._dialog.decode(response.token_ids), stub=attempt.problem.stub)
         results = [] if code is None else await self._execute(attempt.public_job(code))
         self.tests_run += len(results)
         under_way.response = None
         attempt.respond(response)
         attempt.add_turn(response, code, results)
+
+    async def _message(self, attempt: Attempt) -> str:
+        if self._feedback == "none":
+            return prompts.untold_text()
+        if self._unrelated is not None and self._feedback == "random":
+            return await self._unrelated.message(
+                attempt.place, seed=self._params.seed, executor=self._executor
+            )
+        return true_message(attempt, self._settings)
 
     async def _respond(self, under_way: _UnderWay) -> Response:
         """The whole response, of which the beginning may be there."""
@@ -250,14 +262,16 @@ def collect_overlapped(
     """`rollout.collect`, but no episode waits for another's program.
 
     Raises:
-        ValueError: `feedback` is "random", which needs the programs of other episodes at the same turn.
+        ValueError: `feedback` is "random" and there is no `unrelated`: it would need the programs of other
+            episodes at the same turn.
     """
     return asyncio.run(_collect(problems, numbers, settings))
 
 
 def episodes_of(settings: CollectSettings) -> Episodes:
-    """Raises ValueError if `feedback` is "random"."""
-    if settings["feedback"] == "random":
+    """Raises ValueError if `feedback` is "random" and there is no `unrelated`."""
+    unrelated = settings.get("unrelated")
+    if settings["feedback"] == "random" and unrelated is None:
         raise ValueError("feedback 'random' needs other episodes at the same turn; collect in lockstep")
     return Episodes(
         sampler=settings["sampler"],
@@ -266,7 +280,8 @@ def episodes_of(settings: CollectSettings) -> Episodes:
         settings=settings["settings"],
         params=settings["params"],
         turns=settings["turns"],
-        tell=settings["feedback"] == "true",
+        feedback=settings["feedback"],
+        unrelated=unrelated,
     )
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rlef import problems as sources
 from rlef.bridge import LearnersEnd
 from rlef.checkpoint import CheckpointStore
 from rlef.config import Config, ConfigError, check_context
+from rlef.curriculum import Progress, skips
 from rlef.evaluate import (
     dialog_examples,
     episode_metrics,
@@ -144,7 +146,7 @@ class Run:
             self.rollouts = Colocated(own, self._watch)
         else:
             bridge = LearnersEnd(job, config, words, self.networks.parallel)
-            self.rollouts = Disaggregated(bridge, self._watch)
+            self.rollouts = Disaggregated(bridge, self._watch, records=skips(config.problems))
         self.learner = Learner(
             self.networks,
             ppo=config.ppo,
@@ -153,6 +155,7 @@ class Run:
         )
         self._pace = Pace(self.networks.parallel.device) if self.networks.parallel.world_size > 1 else None
         self._origin = 0  # where in the training problems step 0 began
+        self._progress: Progress | None = None  # in them, where outcomes decide on them
         self._eval_problems = sources.load(config, "eval")
         self._store = CheckpointStore.of_run(folder.checkpoints, config, self.networks.parallel)
         stack.callback(self._store.close)
@@ -173,6 +176,8 @@ class Run:
             self.networks.value.load_state_dict(checkpoint.states["value"])
             self._origin = checkpoint.shared["cursor"] - step * self._config.rollout.episodes_per_step
             self._started -= checkpoint.shared["seconds"]
+            if "curriculum" in checkpoint.shared:
+                self._progress = Progress(**checkpoint.shared["curriculum"])
             under_way = checkpoint.rollouts
             self.rollouts.push(self.networks.policy, step)
         self.telemetry = self._stack.enter_context(
@@ -184,7 +189,7 @@ class Run:
                 rank=self.networks.parallel.rank,
             )
         )
-        self.rollouts.start(step, self._origin, under_way)
+        self.rollouts.start(step, self._origin, under_way, self._progress)
         return step
 
     def is_to_stop(self) -> bool:
@@ -200,7 +205,9 @@ class Run:
                 "value": self.networks.value.state_dict(),
             }
             rollouts = self.rollouts.save()
-            shared = {"cursor": self._position(step), "seconds": self._seconds()}
+            shared: dict[str, Any] = {"cursor": self._position(step), "seconds": self._seconds()}
+            if self._progress is not None:
+                shared["curriculum"] = asdict(self._progress)
             self._store.save(step, states, shared, rollouts)
 
     def finish_saving(self) -> None:
@@ -211,7 +218,9 @@ class Run:
     def collect(self, step: int) -> Collection:
         """The episodes of a step, on all processes."""
         with self.telemetry.timer.phase("waiting"):
-            return self.rollouts.collect(step)
+            collection = self.rollouts.collect(step)
+            self._progress = self.rollouts.record(collection.episodes)
+            return collection
 
     def push(self, step: int) -> None:
         """Give the samplers the weights after `step` steps, as that version."""
@@ -248,17 +257,24 @@ class Run:
             for version, sampled in zip(episode.versions, episode.sampled, strict=True)
             if sampled
         ]
-        return episode_metrics(collection.episodes, self._config.rewards) | {
-            "staleness": sum(ages) / len(ages),
-            "staleness_max": float(max(ages)),
-            "tests_run": float(collection.tests_run),
-            "seconds/sampling": collection.sampling_s,
-            "seconds/executing": collection.executing_s,
-            "executor/restarts": float(collection.tally.restarts),
-            "executor/retries": float(collection.tally.retries),
-            "executor/longest_s": collection.tally.longest_s,
-            "executor/alone_s": collection.tally.alone_s,
-        }
+        progress = {} if self._progress is None else self._progress.metrics()
+        return (
+            episode_metrics(collection.episodes, self._config.rewards)
+            | progress
+            | {
+                "staleness": sum(ages) / len(ages),
+                "staleness_max": float(max(ages)),
+                "tests_run": float(collection.tests_run),
+                "seconds/sampling": collection.sampling_s,
+                "seconds/executing": collection.executing_s,
+                "executor/restarts": float(collection.tally.restarts),
+                "executor/retries": float(collection.tally.retries),
+                "executor/longest_s": collection.tally.longest_s,
+                "executor/alone_s": collection.tally.alone_s,
+                "executor/cache_hits": float(collection.tally.recalled),
+                "executor/cache_saved_s": collection.tally.recalled_s,
+            }
+        )
 
     def evaluate(self, phase: str) -> None:
         """Evaluate on the held-out problems; rank 0 writes `summary.json` and, at the end, the report."""

@@ -24,12 +24,13 @@ from rlef.records import Episode, TurnOutcome
 class TranscriptTurn:
     """One response, and what its public tests said."""
 
-    response: str
+    response: str  # what was sampled, without the stub that it may go on from
     code: str | None
     outcome: TurnOutcome
     finish_reason: str  # "stop" or "length"
     prompt_tokens: int | None  # of the whole dialog before the response; None where a server does not say
     response_tokens: int | None
+    seconds: float  # its share of the wall-clock time in which the turns beside it were sampled and executed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +41,12 @@ class Transcript:
     number: int  # unique among the transcripts of one file: it keyed the random numbers
     turns: tuple[TranscriptTurn, ...]
     solved: bool  # the last code passed every test, public and private
-    seconds: float  # its share of the wall-clock time in which its batch was sampled and executed
 
 
 _TRANSCRIPT = TypeAdapter(Transcript)
 
 
-def of_episode(episode: Episode, dialog: Dialog, *, seconds: float) -> Transcript:
+def of_episode(episode: Episode, dialog: Dialog) -> Transcript:
     return Transcript(
         problem_id=episode.problem_id,
         number=episode.number,
@@ -58,11 +58,11 @@ def of_episode(episode: Episode, dialog: Dialog, *, seconds: float) -> Transcrip
                 finish_reason=turn.finish_reason,
                 prompt_tokens=turn.start,
                 response_tokens=turn.end - turn.start,
+                seconds=turn.seconds,
             )
             for turn in episode.turns
         ),
         solved=episode.solved,
-        seconds=seconds,
     )
 
 

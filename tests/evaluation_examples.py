@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from rlef.config import Budget, Config, EvaluationConfig
+from rlef.evaluation_folder import EvaluationFolder, figures_of
+from rlef.measurement import draws_of, measure
 from rlef.records import Episode, Turn, TurnOutcome
-from rlef.transcripts import Transcript, TranscriptTurn
+from rlef.transcripts import Transcript, TranscriptTurn, append_transcripts
 
 PASSED, WRONG, NO_CODE = TurnOutcome.PASSED, TurnOutcome.WRONG_OUTPUT, TurnOutcome.NO_CODE
 RAISED = TurnOutcome.EXCEPTION
@@ -53,7 +58,7 @@ def transcript(
     tokens: int | None = 2,
     seconds: float = 0.5,
 ) -> Transcript:
-    """Responses of `tokens` tokens, each after a prompt of ten times as many."""
+    """Responses of `tokens` tokens, each after a prompt of ten times as many, and of `seconds`."""
     codes = codes or [f"program {place}" for place in range(len(outcomes))]
     return Transcript(
         problem_id=problem,
@@ -66,9 +71,41 @@ def transcript(
                 finish_reason="stop",
                 prompt_tokens=None if tokens is None else 10 * tokens,
                 response_tokens=tokens,
+                seconds=seconds,
             )
             for outcome, code in zip(outcomes, codes, strict=True)
         ),
         solved=solved,
-        seconds=seconds,
     )
+
+
+def evaluated(
+    path: Path, solved: Sequence[Sequence[bool]], *, problems: str = "digest", **settings: Any
+) -> Path:
+    """An evaluation in which each problem's dialogs were solved so, on turn 2."""
+    evaluation = EvaluationConfig(
+        **{
+            "budgets": (Budget(n=1, k=2, temperature=1.0, top_p=1.0),),
+            "turn_limits": (1, 2),
+            "feedback": ("true",),
+            "rollouts_per_problem": 2,
+            "bootstrap_samples": 500,
+        }
+        | settings
+    )
+    identity = {"seed": 1, "problems": problems}
+    made = EvaluationFolder(path, identity)
+    transcripts: list[Transcript] = [
+        transcript(WRONG, PASSED, solved=True, problem=f"p{place}")
+        if each[rollout]
+        else transcript(WRONG, WRONG, problem=f"p{place}")
+        for rollout in range(2)
+        for place, each in enumerate(solved)
+    ]
+    drawn = dict.fromkeys(draws_of(evaluation), transcripts)
+    for draw in drawn:
+        append_transcripts(path / "transcripts" / f"{draw.name}.jsonl", transcripts)
+    made.write_figures(
+        figures_of(measure(drawn, evaluation, seed=1), Config(evaluation=evaluation), identity)
+    )
+    return path

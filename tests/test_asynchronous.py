@@ -15,7 +15,7 @@ from torch import Tensor
 from rlef import asynchronous
 from rlef import problems as sources
 from rlef.asynchronous import AsynchronousRollouts
-from rlef.config import ConfigError, RolloutConfig
+from rlef.config import RolloutConfig
 from rlef.faults import RunFault
 from rlef.ports import Request, SamplingParams
 from rlef.pretrained import model_folder, read_pretrained
@@ -23,6 +23,7 @@ from rlef.prompts import Dialog
 from rlef.records import Episode, Problem
 from rlef.rollout import CollectSettings, collect
 from rlef.torch_sampler import TorchSampler
+from rlef.unrelated import UnrelatedFeedback
 from rlef_sandbox import Executor
 from tests.small_runs import read_lines, run_here, small_config
 
@@ -255,10 +256,19 @@ def test_a_sampler_that_hangs_ends_the_wait_with_the_episodes_that_are_missing(
     )
 
 
-def test_random_feedback_is_refused_with_the_settings_that_it_needs(tmp_path: Path) -> None:
-    for setting in ("rollout.max_staleness=1", "rollout.overlap=true"):
-        with pytest.raises(ConfigError, match=r"rollout.overlap = false and rollout.max_staleness = 0"):
-            small_config(tmp_path, "rollout.feedback=random", setting)
+def test_random_feedback_from_incorrect_solutions_is_that_in_lockstep(
+    settings: CollectSettings, problems: list[Problem]
+) -> None:
+    settings["feedback"] = "random"
+    with pytest.raises(ValueError, match="lockstep"):
+        rollouts(settings, problems, max_staleness=1)
+    settings["unrelated"] = UnrelatedFeedback(problems, SETTINGS)
+    with closing(rollouts(settings, problems, max_staleness=1)) as made:
+        made.start(0)
+        found = [made.take(step).episodes for step in range(2)]
+    assert any(len(episode.turns) == 2 for episode in found[1])
+    for step in range(2):
+        assert_alike(found[step], in_lockstep(settings, problems, step))
 
 
 def test_a_run_with_stale_rollouts_goes_on_from_its_checkpoint(tmp_path: Path, random_model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -263,10 +264,37 @@ def test_a_run_ends_with_a_table_and_a_report_and_the_next_one_moves_it_aside(
         (("export", "{empty}", "{model}"), "is not a run's folder"),
         (("pretrain", "{model}"), "is not empty; name another folder"),
         (("eval", "{empty}/absent.toml"), "there is no run file"),
+        (("report", "{model}/config.json"), "summary.json is missing"),
+        (("report", "{empty}/damaged"), "summary.json has no figures of the start: evaluate the run again"),
+        (("export", "{model}/config.json", "{empty}/out"), "is not a run's folder: it has no config.json"),
+        (("export", "{empty}/damaged", "{empty}/out"), "of this version writes: Invalid JSON"),
+        (("compare", "{model}/config.json", "{empty}"), "evaluation.json is missing: name the folder of"),
+        (("compare", "{empty}", "{empty}", "--output", "{empty}"), "is a folder; name a file to write"),
+        (("import-gguf", "{empty}", "{empty}/out"), "cannot be read (Is a directory); name a GGUF file"),
     ],
 )
 def test_the_other_commands_refuse_in_the_same_way(
     arguments: tuple[str, ...], message: str, tmp_path: Path, random_model: Path
 ) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "summary.json").write_text('{"start": 3, "final": null}')
+    (damaged / "config.json").write_text("x")
     filled = [argument.format(empty=tmp_path, model=random_model) for argument in arguments]
     assert_refused(rlef(*filled), message)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "told"),
+    [("0", "0", ""), ("1", "1", None), ("2", "0", f"on {socket.gethostname()}: "), ("3", "1", None)],
+)
+def test_under_torchrun_the_first_process_of_each_machine_tells_what_is_refused(
+    rank: str, local_rank: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines of two processes; the first machine is that of rank 0, and needs no name."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    result = rlef("train", str(run_file(tmp_path)), "run.sede=1")
+    line = "unknown setting 'run.sede'; did you mean 'run.seed'?\n"
+    assert result.stderr == ("" if told is None else f"rlef: error: {told}{line}")
+    assert (result.stdout, result.exit_code) == ("", 2)

@@ -3,50 +3,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from rlef.comparison import Difference, compare_evaluations, comparison_table
-from rlef.config import Budget, Config, ConfigError, EvaluationConfig
-from rlef.evaluation_folder import EvaluationFolder, figures_of
-from rlef.measurement import draws_of, measure
-from rlef.transcripts import Transcript, append_transcripts
-from tests.evaluation_examples import PASSED, WRONG, transcript
-
-
-def folder(
-    path: Path, solved: Sequence[Sequence[bool]], *, problems: str = "digest", **settings: Any
-) -> Path:
-    """An evaluation in which each problem's dialogs were solved so, on turn 2."""
-    evaluation = EvaluationConfig(
-        **{
-            "budgets": (Budget(n=1, k=2, temperature=1.0, top_p=1.0),),
-            "turn_limits": (1, 2),
-            "feedback": ("true",),
-            "rollouts_per_problem": 2,
-            "bootstrap_samples": 500,
-        }
-        | settings
-    )
-    identity = {"seed": 1, "problems": problems}
-    made = EvaluationFolder(path, identity)
-    transcripts: list[Transcript] = [
-        transcript(WRONG, PASSED, solved=True, problem=f"p{place}")
-        if each[rollout]
-        else transcript(WRONG, WRONG, problem=f"p{place}")
-        for rollout in range(2)
-        for place, each in enumerate(solved)
-    ]
-    drawn = dict.fromkeys(draws_of(evaluation), transcripts)
-    for draw in drawn:
-        append_transcripts(path / "transcripts" / f"{draw.name}.jsonl", transcripts)
-    made.write_figures(
-        figures_of(measure(drawn, evaluation, seed=1), Config(evaluation=evaluation), identity)
-    )
-    return path
-
+from rlef.config import Budget, ConfigError
+from tests.evaluation_examples import evaluated
 
 BEFORE = [[True, False], [True, True], [False, False], [False, False]]
 AFTER = [[False, False], [True, True], [True, True], [True, False]]
@@ -57,7 +20,7 @@ def by_name(differences: Sequence[Difference]) -> dict[tuple[int, str], Differen
 
 
 def test_a_difference_is_that_of_the_rates_with_the_problems_that_each_solves_alone(tmp_path: Path) -> None:
-    rows = by_name(compare_evaluations(folder(tmp_path / "a", BEFORE), folder(tmp_path / "b", AFTER)))
+    rows = by_name(compare_evaluations(evaluated(tmp_path / "a", BEFORE), evaluated(tmp_path / "b", AFTER)))
     assert set(rows) == {(1, "1@1"), (1, "1@2"), (1, "pass@2"), (2, "1@2"), (2, "pass@2")}
     row = rows[2, "1@2"]
     assert (row.first, row.second, row.difference.value) == (0.375, 0.625, 0.25)
@@ -68,7 +31,7 @@ def test_a_difference_is_that_of_the_rates_with_the_problems_that_each_solves_al
 
 
 def test_a_comparison_the_other_way_round_has_the_opposite_sign(tmp_path: Path) -> None:
-    first, second = folder(tmp_path / "a", BEFORE), folder(tmp_path / "b", AFTER)
+    first, second = evaluated(tmp_path / "a", BEFORE), evaluated(tmp_path / "b", AFTER)
     there, back = (by_name(compare_evaluations(*pair)) for pair in ((first, second), (second, first)))
     for name, row in there.items():
         assert back[name].difference.value == -row.difference.value
@@ -77,7 +40,7 @@ def test_a_comparison_the_other_way_round_has_the_opposite_sign(tmp_path: Path) 
 
 
 def test_evaluations_of_different_problems_are_not_compared(tmp_path: Path) -> None:
-    first, second = folder(tmp_path / "a", BEFORE), folder(tmp_path / "b", AFTER, problems="others")
+    first, second = evaluated(tmp_path / "a", BEFORE), evaluated(tmp_path / "b", AFTER, problems="others")
     with pytest.raises(
         ConfigError, match=r"a and .*b are of different problems: evaluate both with the same"
     ):
@@ -86,13 +49,13 @@ def test_evaluations_of_different_problems_are_not_compared(tmp_path: Path) -> N
 
 def test_evaluations_of_different_budgets_are_not_compared(tmp_path: Path) -> None:
     other = (Budget(n=1, k=2, temperature=0.5, top_p=1.0),)
-    first, second = folder(tmp_path / "a", BEFORE), folder(tmp_path / "b", AFTER, budgets=other)
+    first, second = evaluated(tmp_path / "a", BEFORE), evaluated(tmp_path / "b", AFTER, budgets=other)
     with pytest.raises(ConfigError, match=r"evaluation.budgets is .*temperature=1.0.* and .*temperature=0.5"):
         compare_evaluations(first, second)
 
 
 def test_the_table_has_a_line_for_each_figure(tmp_path: Path) -> None:
-    rows = compare_evaluations(folder(tmp_path / "a", BEFORE), folder(tmp_path / "b", AFTER))
+    rows = compare_evaluations(evaluated(tmp_path / "a", BEFORE), evaluated(tmp_path / "b", AFTER))
     stream = io.StringIO()
     Console(file=stream, width=140).print(comparison_table(rows))
     lines = [" ".join(line.split()) for line in stream.getvalue().splitlines()]

@@ -324,8 +324,10 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     episodes = [episode("..##.#", seed=1), episode(".#", seed=2, solved=True)]
     metrics = episode_metrics(episodes, RewardConfig()) | learned(episodes)
     by_run = ("tests_run", "seconds/sampling", "seconds/executing", "staleness", "staleness_max")
+    by_run += ("problems/active", "problems/skipped_solved", "problems/skipped_unsolved")
     by_run += ("slowest_rank", "slowest_rank_ratio")
     by_run += ("executor/longest_s", "executor/alone_s", "executor/restarts", "executor/retries")
+    by_run += ("executor/cache_hits", "executor/cache_saved_s")
     metrics |= dict.fromkeys(by_run, 1.0)  # train.Run.metrics
     with Telemetry(tmp_path, name="run", total_steps=1) as telemetry:
         for phase in (*BETWEEN_STEPS, "waiting", "learning"):  # the last two by train.Run

@@ -87,6 +87,15 @@ def test_programs_that_may_want_more_memory_than_there_is_are_a_warning(tmp_path
     assert "executor.workers" in found.mend
 
 
+def test_the_copy_that_a_thread_saves_is_counted_where_there_is_one(tmp_path: Path) -> None:
+    with_copy, without = (
+        only(list(doctor.memory(config(tmp_path, f"checkpoint.asynchronous={value}")))).found
+        for value in ("true", "false")
+    )
+    assert "the copy of a checkpoint" in with_copy
+    assert "the copy of a checkpoint" not in without
+
+
 @pytest.mark.parametrize(("name", "level"), [("megatron-core", Level.FAULT), ("vllm", Level.WARNING)])
 def test_a_package_that_is_too_old_is_named_with_what_it_should_be(
     name: str, level: Level, monkeypatch: pytest.MonkeyPatch

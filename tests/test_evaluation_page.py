@@ -41,7 +41,7 @@ def test_the_table_has_a_line_for_each_cell_and_a_dash_where_a_budget_pays_for_n
     cells = [line for line in lines if line.startswith("T ")]
     assert len(cells) == 12
     whole = "T 0.2, top-p 0.95 true 5 50.0 [50.0, 50.0] – – 50.0 0.0 "
-    assert any(line.startswith(whole) and line.endswith(" 14 1.0") for line in cells)
+    assert any(line.startswith(whole) and line.endswith(" 14 3.5") for line in cells)
     assert any(
         line.startswith("T 0.2, top-p 0.95 none 1 0.0 [0.0, 0.0] 0.0 [0.0, 0.0] – 0.0 – – – –")
         for line in cells

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
-from rlef.judging import job_of, limits_of, shown
+from rlef.dialects import message_after
+from rlef.judging import job_of, limits_of, public_job, shown, told_values
 from rlef.prompts import FailedTest, feedback_text
 from rlef.records import Assertion, Expression, Problem, ProblemTest
-from rlef_sandbox import Call, Checker, Executor, Judge, Test, Tokens, Verdict
+from rlef_sandbox import Call, Checker, Executor, Judge, Result, Test, Tokens, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,77 @@ def test_nothing_that_tells_a_passed_assertion_is_shown(executor: Executor) -> N
     assert len(secret) == 64
     assert secret not in text
     assert secret not in job.program
+
+
+def run_public(executor: Executor, program: str, *codes: str) -> list[Result]:
+    """Assertions whose feedback has values."""
+    given = replace(problem(*map(Assertion, codes)), dialect="evalplus")
+    return executor.run_many([public_job(given, program)])[0]
+
+
+def test_a_failed_assertion_tells_the_values_of_its_sides(executor: Executor) -> None:
+    program = "def f(n): print('noise'); return [n] * n"
+    failed, passed = run_public(executor, program, "assert f(2) == f(1)", "assert f(0) == []")
+    assert told_values(failed) == ("assert f(2) == f(1)", "f(2) is [2, 2]", "f(1) is [1]")
+    assert (passed.verdict, told_values(passed)) == (Verdict.PASSED, ())
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "AssertionError = KeyError",
+        "AssertionError = 7",
+        "import sys; sys.excepthook = print",
+        "import ast; ast.parse = ast.unparse = ast.walk = 7",
+        "import sys; sys.setrecursionlimit(60)",
+        "hasattr = getattr = repr = compile = exec = type = dict = 7",
+        "rlef_1 = rlef_none = rlef_error = rlef_run = told_failure = remembering = text_of = 7",
+        "class Odd(int):\n    def __repr__(self): exit(0)\nf = Odd",
+    ],
+)
+def test_no_name_of_a_program_lets_a_wrong_one_pass_an_assertion_that_tells_values(
+    executor: Executor, trick: str
+) -> None:
+    program = f"def f(n): return n\n{trick}"
+    wrong, right = run_public(executor, program, "assert f(1) == 2", "assert f(1) == 1")
+    assert (wrong.verdict, right.verdict) == (Verdict.EXCEPTION, Verdict.PASSED)
+
+
+def test_an_assertion_nested_too_deep_to_remember_is_executed_as_it_stands(executor: Executor) -> None:
+    deep = "assert f(0) " + "+ 1 " * 700 + "== 700"
+    (result,) = run_public(executor, "def f(n): return n", deep)
+    assert result.verdict == verdicts(executor, "def f(n): return n", problem(Assertion(deep)))[0]
+    assert result.verdict is Verdict.PASSED
+
+
+def test_what_tells_a_passed_assertion_is_told_in_no_dialect(executor: Executor) -> None:
+    given = replace(problem(Assertion("assert f(1) == 2"), Assertion("assert f(1) == 1")), dialect="evalplus")
+    job = public_job(given, "def f(n): return n")
+    text = message_after(given, "", executor.run_many([job])[0], max_test_characters=512)
+    assert "f(1) is 1" in text
+    secrets = [test.expected_output.strip('"') for test in job.tests]
+    assert [len(secret) for secret in secrets] == [64, 64]
+    assert not any(secret in text or secret in job.program for secret in secrets)
+
+
+def test_long_values_are_cut_and_the_message_goes_on(executor: Executor) -> None:
+    given = replace(problem(Assertion("assert f(1) == 2"), Assertion("assert f(2)")), dialect="evalplus")
+    (results,) = executor.run_many([public_job(given, "def f(n): return 'x' * 10 ** 6 if n == 1 else 0")])
+    text = message_after(given, "", results, max_test_characters=40)
+    assert f"f(1) is '{'x' * 31}...\n- failed: assert f(2)\nf(2) is 0\n" in text
+
+
+def test_calls_and_values_under_a_checker_are_told_as_python_writes_them(executor: Executor) -> None:
+    program = "def f(n): return None if n else ''"
+    call = replace(problem(Call([1], True), Call([0], ""), function="f"), dialect="evalplus")
+    (results,) = executor.run_many([public_job(call, program)])
+    text = message_after(call, "", results, max_test_characters=512)
+    assert "- failed: assert f(1) == True\nf(1) is None\n- passed: assert f(0) == ''\n" in text
+    either = problem(Expression("f(1)", "(1, 2)"), judge=Checker(program="def check(*texts): return False"))
+    either = replace(either, dialect="evalplus")
+    (results,) = executor.run_many([public_job(either, program)])
+    text = message_after(either, "", results, max_test_characters=512)
+    assert "- failed: f(1) should be right for (1, 2)\nf(1) is None\n" in text
 
 
 def test_a_value_that_is_cut_off_is_shown_as_far_as_it_goes(executor: Executor) -> None:

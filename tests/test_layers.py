@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. A module imports from lower floors only, so modules of one floor do not know each other.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
-    frozenset({"config", "files", "pieces", "records"}),
+    frozenset({"assertions", "config", "files", "pieces", "records"}),
     frozenset({"job", "judging", "ports", "stopping"}),
     frozenset(
         {
@@ -42,6 +42,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "attention",
             "checkpoint_files",
             "context",
+            "dialects",
             "hidden_conventions",
             "launch",
             "megatron_cpu",
@@ -51,8 +52,19 @@ FLOORS: tuple[frozenset[str], ...] = (
             "words",
         }
     ),
-    frozenset({"checkpoint", "plan_memory", "problems", "shards", "telemetry", "torch_model", "transcripts"}),
-    frozenset({"megatron_model", "problem_check", "sources", "weights"}),
+    frozenset(
+        {
+            "checkpoint",
+            "plan_memory",
+            "problems",
+            "shards",
+            "telemetry",
+            "torch_model",
+            "transcripts",
+            "unrelated",
+        }
+    ),
+    frozenset({"contamination", "curriculum", "megatron_model", "problem_check", "sources", "weights"}),
     frozenset(
         {
             "bridge",
@@ -81,7 +93,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "streaming",
         }
     ),
-    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "standalone"}),
+    frozenset({"asynchronous", "comparison", "evaluation_page", "plan_report", "selection", "standalone"}),
     frozenset({"sampling"}),
     frozenset({"commands", "train"}),
     frozenset({"problem_commands"}),

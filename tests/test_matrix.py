@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from rlef.config import FeedbackKind
 from rlef.ports import SamplingParams
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import Dialog, prompt_text
+from rlef.records import Episode
 from rlef.rollout import collect
 from rlef.torch_sampler import TorchSampler
 from rlef.transcripts import Transcript, of_episode, within
@@ -128,6 +130,10 @@ def test_a_folder_that_is_no_evaluation_is_not_compared(tmp_path: Path) -> None:
     assert result.output.startswith(message)
 
 
+def without_seconds(episode: Episode) -> Episode:
+    return replace(episode, turns=tuple(replace(turn, seconds=0.0) for turn in episode.turns))
+
+
 def test_dialogs_with_a_lower_limit_are_the_beginnings_of_those_with_a_higher_one(tmp_path: Path) -> None:
     """What `within` takes for granted, with the embedded model and each kind of feedback."""
     config = small_config(tmp_path, "rollout.max_response_tokens=48")
@@ -148,7 +154,7 @@ def test_dialogs_with_a_lower_limit_are_the_beginnings_of_those_with_a_higher_on
             turns=turns,
             feedback=feedback,
         ).episodes
-        return [of_episode(episode, dialog, seconds=0.0) for episode in episodes]
+        return [of_episode(without_seconds(episode), dialog) for episode in episodes]
 
     with (
         closing(TorchSampler(shape, end_token_id=dialog.end_token_id, slots=8)) as sampler,

@@ -109,14 +109,13 @@ def test_costs_are_of_all_dialogs_over_those_that_solve() -> None:
     first, whole = cells(dialogs, evaluation(ONE, limits=(1, 3), rollouts=2)).values()
     assert (first.response_tokens_per_solve, first.seconds_per_solve) == (None, None)  # nothing is solved
     assert (whole.response_tokens_per_solve, whole.prompt_tokens_per_solve) == (10.0, 100.0)
-    assert whole.seconds_per_solve == 1.0
+    assert whole.seconds_per_solve == 2.5
 
 
-def test_seconds_are_known_of_what_was_run_alone() -> None:
-    first, whole = cells(
-        [transcript(PASSED, solved=True)], evaluation(ONE, limits=(1, 3), rollouts=1)
-    ).values()
-    assert (first.seconds_per_solve, whole.seconds_per_solve) == (None, 0.5)
+def test_seconds_at_a_lower_limit_are_of_the_turns_up_to_it() -> None:
+    dialogs = [transcript(PASSED, solved=True), transcript(WRONG, PASSED, solved=True)]
+    first, whole = cells(dialogs, evaluation(ONE, limits=(1, 3), rollouts=2)).values()
+    assert (first.seconds_per_solve, whole.seconds_per_solve) == (1.0, 0.75)
 
 
 def test_a_server_that_does_not_count_leaves_costs_unknown() -> None:

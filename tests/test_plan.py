@@ -312,16 +312,6 @@ def test_with_vllm_the_plan_gives_its_cache_a_share_of_the_gpu() -> None:
     assert any("rollout.sampler=vllm" in each.missing for each in plain.candidates)
 
 
-def test_random_feedback_is_planned_where_all_processes_sample() -> None:
-    """It wants all programs of a turn at once, and so no episodes of a step to come."""
-    trainer = trainer_with(RolloutConfig(feedback="random"))
-    size, cluster = read_model("smollm2-135m"), Cluster(gpu=GPUS["H100"], nodes=1)
-    plan = make_plan(size, cluster, work_of(), Assumptions(), trainer=trainer)
-    assert plan.runnable is not None
-    assert plan.runnable.layout.colocated
-    assert any("disaggregated topology" in each.missing for each in plan.candidates)
-
-
 @pytest.mark.parametrize(
     ("overrides", "is_stale", "expected"),
     [([], False, 1), ([], True, 0), (["rollout.max_staleness=2"], True, 0)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,22 @@ def refused(folder: Path) -> str:
     assert message.startswith("model.path: ")
     assert "\n" not in message
     return message
+
+
+def test_a_file_that_does_not_fit_the_address_space_is_refused_by_its_size(tmp_path: Path) -> None:
+    size = 1 << 40
+    numbers = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    header = json.dumps({"large": numbers}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size // 2, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"of 1,099,511,627,8\d\d bytes does not fit .* \(ulimit -v\)"):
+            StoredWeights(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:

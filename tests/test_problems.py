@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from rlef.config import Config, ConfigError, ExecutorConfig, ProblemsConfig
 from rlef.hidden_conventions import generate
-from rlef.problems import Cursor, check, load, read_jsonl, write_jsonl
+from rlef.problems import Cursor, check, load, read_jsonl, training_cursor, write_jsonl
+from rlef.records import Problem
 from rlef_sandbox import Test
 
 GOOD = {
@@ -63,7 +65,13 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"judge": "exact", "flags": ["several_answers"], "difficulty": "hard", "rating": 1500},
+        {
+            "judge": "exact",
+            "flags": ["several_answers"],
+            "difficulty": "hard",
+            "rating": 1500,
+            "solve_rate": 0.0,
+        },
         {
             "judge": {"absolute": 1e-6, "relative": 0.0, "ignore_case": True},
             "incorrect_solutions": ["print()"],
@@ -75,6 +83,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         },
         {"public_tests": [CALL], "private_tests": [CALL, CALL], "function": "solve"},
         {"public_tests": [VALUE], "private_tests": [VALUE], "function": "f"},
+        {"public_tests": [VALUE], "private_tests": [VALUE], "dialect": "evalplus", "stub": "def f(n):\n"},
         {"public_tests": [RAISES], "private_tests": [RAISES], "solutions": ["def f(n): return n + 1"]},
     ],
 )
@@ -154,6 +163,7 @@ def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
         ({"judge": "any"}, "judge"),
         ({"judge": {"absolute": -1}}, "judge.absolute"),
         ({"flags": ["easy"]}, "flags.0"),
+        ({"solve_rate": 1.5}, "solve_rate"),
         ({"function": "f"}, "function"),
         ({"function": "f g", "public_tests": [CALL], "private_tests": [CALL]}, "function"),
         ({"public_tests": [CALL], "private_tests": [CALL]}, "function"),
@@ -164,6 +174,9 @@ def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
             "private_tests.0.expected",
         ),
         ({"public_tests": [RAISES], "private_tests": [{"assertion": " "}]}, "private_tests.0.assertion"),
+        ({"dialect": "mine"}, "dialect"),
+        ({"dialect": "evalplus"}, "dialect"),
+        ({"stub": "```\n"}, "stub"),
     ],
 )
 def test_a_bad_field_is_reported_with_its_line_and_name(
@@ -171,6 +184,21 @@ def test_a_bad_field_is_reported_with_its_line_and_name(
 ) -> None:
     path = write(tmp_path / "p.jsonl", GOOD, GOOD | {"id": "other"} | change)
     assert f"p.jsonl, line 2: field '{field}'" in error_of(path)
+
+
+def test_one_dialect_for_all_takes_the_stub_into_the_statement(tmp_path: Path) -> None:
+    fields = {
+        "public_tests": [RAISES],
+        "private_tests": [RAISES],
+        "dialect": "evalplus",
+        "stub": "def f(n):\n",
+    }
+    path = str(write(tmp_path / "p.jsonl", GOOD | fields))
+    (own,) = load(Config(problems=ProblemsConfig(train=path)), "train")
+    (one,) = load(Config(problems=ProblemsConfig(train=path, dialect="code_contests")), "train")
+    assert (own.dialect, own.stub, own.statement) == ("evalplus", "def f(n):\n", GOOD["statement"])
+    assert (one.dialect, one.stub) == ("code_contests", "")
+    assert one.statement.endswith("\n\nBegin your program with this:\n\ndef f(n):\n")
 
 
 def test_an_id_that_comes_twice_names_both_lines(tmp_path: Path) -> None:
@@ -223,3 +251,40 @@ def test_a_cursor_at_a_saved_position_goes_on_as_the_first_would_have(position: 
 def test_rounds_come_in_different_orders() -> None:
     cursor = Cursor(list(generate("train", seed=0, size=16)), seed=0)
     assert cursor.take(16) != cursor.take(16)
+
+
+RATED = [
+    replace(problem, solve_rate=rate)
+    for problem, rate in zip(generate("train", seed=0, size=6), [0.5, 0.0, 1.0, 0.5, 0.25, 0.5], strict=True)
+]
+
+
+def easy_first(problems: list[Problem]) -> Cursor:
+    return training_cursor(problems, Config(problems=ProblemsConfig(order="easy_first")))
+
+
+def test_easy_first_takes_each_round_from_the_easiest_to_the_hardest_and_shuffles_equals() -> None:
+    cursor = easy_first(RATED)
+    rounds = [cursor.take(6) for _ in range(12)]
+    assert all([problem.solve_rate for problem in each] == [1.0, 0.5, 0.5, 0.5, 0.25, 0.0] for each in rounds)
+    assert len({tuple(problem.id for problem in each) for each in rounds}) > 1
+
+
+def test_without_solve_rates_the_rating_says_what_is_easy() -> None:
+    rated = [
+        replace(problem, solve_rate=None, rating=rating)
+        for problem, rating in zip(RATED[:3], [2000, 800, 1200], strict=True)
+    ]
+    assert [problem.rating for problem in easy_first(rated).take(3)] == [800, 1200, 2000]
+
+
+def test_easy_first_without_a_measure_for_all_is_refused_with_one_that_lacks_it(tmp_path: Path) -> None:
+    settings = ProblemsConfig(train=str(tmp_path / "p.jsonl"), order="easy_first")
+    write(tmp_path / "p.jsonl", GOOD | {"solve_rate": 0.5}, GOOD | {"id": "other"})
+    with pytest.raises(
+        ConfigError,
+        match=r"^problems\.order = 'easy_first', and 1 of 2 problems, such as 'other', have no solve_rate",
+    ):
+        load(Config(problems=settings), "train")
+    with pytest.raises(ConfigError, match=r"^problems\.order = 'easy_first', and nothing says how hard "):
+        check(Config(problems=ProblemsConfig(order="easy_first")))

@@ -189,6 +189,46 @@ def test_the_end_of_a_response_is_one_token() -> None:
         dialog_with(end="<|end|>\n")
 
 
+def test_a_stub_begins_the_response_and_is_code() -> None:
+    stub, shown = "def f(n):\n", dialog_with()
+    assert shown.decode(shown.prompt("x", stub=stub)).endswith("<|assistant|>```python\ndef f(n):\n")
+    assert shown.decode(shown.feedback("No.", stub=stub)).endswith("<|assistant|>```python\ndef f(n):\n")
+    assert extract_code("    return n\n```\nDone. ```python\nx\n```", stub=stub) == stub + "    return n\n"
+    assert extract_code("    return n", stub=stub) == stub + "    return n"
+    assert extract_code("", stub=stub) == stub
+
+
+@given(st.text(), st.text(min_size=1))
+def test_what_was_told_is_found_before_a_stub(text: str, stub: str) -> None:
+    shown = dialog_with()
+    assert shown.told(shown.prompt(text, stub=stub), stub=stub) == prompts.prompt_text(text)
+    assert shown.told(shown.feedback(text, stub=stub), stub=stub) == text
+
+
+def test_a_stub_takes_its_room_from_the_message_before_it() -> None:
+    shown = dialog_with(settings=RolloutConfig(max_prompt_tokens=40, max_feedback_tokens=40))
+    stub = "def f(n):\n"
+    assert len(shown.prompt("z" * 100, stub=stub)) == 40
+    assert len(shown.feedback("z" * 100, stub=stub)) == 40
+    shown.check_stub(stub, "p")
+    with pytest.raises(
+        ConfigError,
+        match=r"rollout\.max_prompt_tokens = 40 leaves no room before the stub of problem 'p'; use at least",
+    ):
+        shown.check_stub("zq" * 50, "p")
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("Write f.\n", "Write f.\n\nBegin your program with this:\n\ndef f(n):\n"),
+        ("Write:\ndef f(n):", "Write:\ndef f(n):"),
+    ],
+)
+def test_a_statement_takes_in_a_stub_that_it_has_not(statement: str, expected: str) -> None:
+    assert prompts.with_stub(statement, "def f(n):\n") == expected
+
+
 @given(st.text(), st.sampled_from([None, "<|user|>Be brief.<|end|><|user|>"]), st.booleans())
 def test_what_was_told_is_found_between_its_markers(text: str, first: str | None, is_cut_off: bool) -> None:
     shown = dialog_with(user="\n<|user|>", **({} if first is None else {"first": first}))

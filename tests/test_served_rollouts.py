@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from rlef.served_rollouts import collect_served
 from rlef.transcripts import Transcript, of_episode
 from rlef_sandbox import Executor
 from tests.chat_servers import Answer, Served, completion, serving
+from tests.test_golden_dialogs import HUMAN_EVAL_PLUS, program
 from tests.test_rollout import DOUBLE, PARAMS, PLUS_TWO, SETTINGS, SQUARE, problem, runner
 
 
@@ -58,6 +60,7 @@ def last_message(dialog: Dialog, token_ids: list[int]) -> str:
     return text.split("<|user|>")[-1].removesuffix("<|assistant|>")
 
 
+RIGHT_BODY = "    return sum(numbers) + start\n"
 SCRIPTS = ([PLUS_TWO, DOUBLE], [SQUARE], ["no idea", PLUS_TWO, PLUS_TWO], [PLUS_TWO, "no idea", DOUBLE])
 
 
@@ -69,7 +72,7 @@ def test_a_served_model_is_judged_and_told_as_one_of_our_own(
     collection, script = runner(collect, dialog, executor)(*SCRIPTS, feedback=feedback)
     transcripts, served = play(executor, *SCRIPTS, feedback=feedback)
     for found, episode in zip(transcripts, collection.episodes, strict=True):
-        twin = of_episode(episode, dialog, seconds=0.0)
+        twin = of_episode(episode, dialog)
         assert [turn.code for turn in found.turns] == [turn.code for turn in twin.turns]
         assert [turn.outcome for turn in found.turns] == [turn.outcome for turn in twin.turns]
         assert (found.problem_id, found.number, found.solved) == (twin.problem_id, twin.number, twin.solved)
@@ -84,6 +87,30 @@ def test_the_server_is_sent_the_whole_dialog_so_far(executor: Executor) -> None:
     assert served.requests[1]["messages"][2]["content"] == untold_text()
 
 
+def test_a_stub_stands_in_the_statement_and_the_answer_holds_it(executor: Executor) -> None:
+    given = HUMAN_EVAL_PLUS
+    answers = [program(HUMAN_EVAL_PLUS.stub + body) for body in ("    return sum(numbers)", RIGHT_BODY)]
+    with serving(lambda body, before: completion(answers[len(body["messages"]) // 2])) as served:
+        server = ChatServer(ServerConfig(url=served.url, model="m", retries=0))
+        (found,) = collect_served(
+            [replace(given, statement="Write it.")],
+            numbers=[0],
+            server=server,
+            executor=executor,
+            settings=SETTINGS,
+            params=PARAMS,
+            turns=2,
+            feedback="true",
+        )
+        server.close()
+    first, second = (body["messages"] for body in served.requests)
+    assert [message["role"] for message in first] == ["user"]
+    assert first[0]["content"] == prompt_text(f"Write it.\n\nBegin your program with this:\n\n{given.stub}")
+    assert "- failed: assert add_all([], 1) == 1\nadd_all([], 1) is 0\n" in second[2]["content"]
+    assert [turn.outcome for turn in found.turns] == ["wrong_output", "passed"]
+    assert found.solved
+
+
 def test_seeds_differ_between_dialogs_and_turns_and_are_the_same_again(executor: Executor) -> None:
     lines = ([PLUS_TWO] * 3, [PLUS_TWO] * 3)
     seeds = [sorted(body["seed"] for body in play(executor, *lines)[1].requests) for _ in range(2)]
@@ -95,7 +122,7 @@ def test_the_servers_counts_are_kept(executor: Executor) -> None:
     ((found,), _) = play(executor, [DOUBLE])
     (turn,) = found.turns
     assert (turn.response, turn.prompt_tokens, turn.response_tokens) == (DOUBLE, 11, 5)
-    assert found.seconds > 0
+    assert turn.seconds > 0
 
 
 def test_a_fault_of_the_server_is_raised_and_not_scored(executor: Executor) -> None:

@@ -127,7 +127,8 @@ def test_no_episode_waits_for_the_program_of_another(executor: Executor, dialog:
         settings=SETTINGS,
         params=PARAMS,
         turns=1,
-        tell=True,
+        feedback="true",
+        unrelated=None,
     )
     done: list[int] = []
 

@@ -134,7 +134,11 @@ def test_each_step_is_logged_once_and_as_if_nothing_had_happened(story: Story) -
 
 def untimed(lines: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     def is_time(name: str) -> bool:
-        return name.startswith(("seconds", "slowest_rank", "executor/")) or name.endswith("_per_s")
+        return (
+            name == "tests_run"
+            or name.startswith(("seconds", "slowest_rank", "executor/"))
+            or name.endswith("_per_s")
+        )
 
     return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
 

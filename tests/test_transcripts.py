@@ -37,11 +37,12 @@ def test_an_episode_becomes_text_with_the_tokens_that_each_turn_read_and_wrote()
                 code="print(1)\n",
                 outcome=PASSED,
                 public_results=(),
+                seconds=2.0,
             ),
         ),
         solved=True,
     )
-    assert of_episode(episode, dialog, seconds=2.0) == Transcript(
+    assert of_episode(episode, dialog) == Transcript(
         problem_id="p",
         number=3,
         turns=(
@@ -52,10 +53,10 @@ def test_an_episode_becomes_text_with_the_tokens_that_each_turn_read_and_wrote()
                 finish_reason="stop",
                 prompt_tokens=len(prompt),
                 response_tokens=len(response),
+                seconds=2.0,
             ),
         ),
         solved=True,
-        seconds=2.0,
     )
 
 

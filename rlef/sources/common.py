@@ -127,7 +127,7 @@ def rows_of(path: Path, most_bytes: int) -> Iterator[tuple[str, Fields | Unusabl
             file: Any = gzip.GzipFile(fileobj=plain) if path.name.endswith(".gz") else plain
             yield from _json_rows(file, path, most_bytes)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path}: not a whole gzip file ({error}); fetch it again") from None
+        raise ConfigError(f"{path}: not a whole gzip file ({error.args[0]}); fetch it again") from None
 
 
 def _json_rows(

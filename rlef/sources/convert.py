@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from rlef.config import ConfigError
 from rlef.files import replacing
-from rlef.problems import MAX_TESTS_PER_PROBLEM_BYTES, line_of, problem_of, read_jsonl
+from rlef.problems import MAX_TESTS_PER_PROBLEM_BYTES, line_of, problem_of, read_jsonl, statement_digest
 from rlef.records import Problem
 from rlef.sources import apps, code_contests, codeio, evalplus, human_eval, kattis, live_code_bench, verl
 from rlef.sources.common import Choices, Found, Maker, Reason, SetAside, problems_in
@@ -107,9 +106,9 @@ def convert(
     twice gets a number.
 
     Raises:
-        ConfigError: a file is missing or broken as a whole.
+        ConfigError: a file is missing or broken as a whole, or no problem is usable.
     """
-    for path in (*inputs, *against):
+    for path in inputs:
         if not path.exists():
             raise ConfigError(f"{path}: there is no such file; name what was downloaded")
     made = Conversion()
@@ -144,7 +143,20 @@ def convert(
             file.write(line)
             made.written += 1
             made.flagged.update(problem.flags)
+        if not made.written:
+            raise ConfigError(_nothing_written(format_name, inputs, made))
     return made
+
+
+def _nothing_written(format_name: str, inputs: Sequence[Path], made: Conversion) -> str:
+    files = ", ".join(str(path) for path in inputs)
+    if not made.set_aside:
+        return f"{files}: no problem in it; give files of {format_name} with some"
+    first = made.set_aside[0]
+    return (
+        f"{files}: none of {len(made.set_aside)} problems can be used as {format_name}; the first is set "
+        f"aside, {first.reason}: {first.place} ({first.detail}); see whether it is of another format"
+    )
 
 
 def _outcomes(
@@ -181,14 +193,9 @@ class _Statements:
         self._of_digest: dict[bytes, tuple[str, str]] = {}
 
     def add(self, problem: Problem, file: str) -> None:
-        self._of_digest.setdefault(_digest(problem.statement), (problem.id, file))
+        self._of_digest.setdefault(statement_digest(problem), (problem.id, file))
 
     def twin_of(self, problem: Problem) -> Duplicate | None:
-        if twin := self._of_digest.get(_digest(problem.statement)):
+        if twin := self._of_digest.get(statement_digest(problem)):
             return Duplicate(id=problem.id, of=twin[0], file=twin[1])
         return None
-
-
-def _digest(statement: str) -> bytes:
-    words = " ".join(statement.lower().split())
-    return hashlib.sha256(words.encode("utf-8")).digest()

@@ -28,7 +28,7 @@ from rlef.sources.common import (
     require_tests,
     text_field,
 )
-from rlef.sources.human_eval import completion_request, prelude_of
+from rlef.sources.human_eval import completion_request, prelude_of, stub_of
 from rlef.sources.references import values_of
 from rlef_sandbox import Checker, Executor, Judge, Tokens
 
@@ -53,6 +53,8 @@ def problem_of_row(row: Fields, choices: Choices, executor: Executor | None) -> 
         function=entry_point,
         prelude="" if is_mbpp else prelude_of(prompt, entry_point),
         starter_code="" if is_mbpp else prompt,
+        dialect="evalplus",
+        stub="" if is_mbpp else stub_of(prompt),
     )
     return _with_expected(problem, row, [*base, *plus], is_mbpp, choices, executor)
 

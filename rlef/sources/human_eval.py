@@ -38,7 +38,13 @@ def problem_of_row(row: Fields, choices: Choices, _executor: Executor | None) ->
         solutions=(prompt + text_field(row, "canonical_solution"),),
         prelude=prelude_of(prompt, entry_point),
         starter_code=prompt,
+        dialect="evalplus",
+        stub=stub_of(prompt),
     )
+
+
+def stub_of(prompt: str) -> str:
+    return prompt.lstrip("\n")
 
 
 def completion_request(prompt: str) -> str:

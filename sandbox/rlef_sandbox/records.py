@@ -298,6 +298,8 @@ class Tally:
     retries: int = 0  # programs that went to another worker, with the tests that were left, because of that
     longest_s: float = 0.0  # of a program: wall clock from its first worker to its end, all tests
     alone_s: float = 0.0  # the longest that one program went on when all others had ended
+    recalled: int = 0  # programs that a caller's cache answered for; an `Executor` itself keeps nothing
+    recalled_s: float = 0.0  # CPU time that those had taken when they were run
 
     @classmethod
     def of_all(cls, tallies: Iterable[Tally]) -> Tally:
@@ -309,4 +311,6 @@ class Tally:
             retries=sum(tally.retries for tally in each),
             longest_s=max((tally.longest_s for tally in each), default=0.0),
             alone_s=max((tally.alone_s for tally in each), default=0.0),
+            recalled=sum(tally.recalled for tally in each),
+            recalled_s=sum(tally.recalled_s for tally in each),
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlef.prompts import extract_code
 from rlef.records import Assertion, Expression, Problem
 from rlef.sources.common import Found, Reason, SetAside
 from rlef_sandbox import Executor, Tokens
@@ -26,6 +27,21 @@ def test_the_canonical_solution_passes_and_an_empty_body_fails(
     for problem in found("humaneval", path):
         assert examples.passes(executor, problem, problem.solutions[0])
         assert not examples.passes(executor, problem, problem.starter_code + "    pass\n")
+
+
+def test_feedback_lists_assertions_and_the_prompt_begins_each_answer(
+    tmp_path: Path, executor: Executor
+) -> None:
+    human_eval = found("humaneval", examples.json_lines(tmp_path / "H.jsonl", examples.HUMAN_EVAL_ROWS))
+    path = examples.json_lines(tmp_path / "P.jsonl", [examples.HUMAN_EVAL_PLUS_ROW])
+    for problem in (*human_eval, *found("humanevalplus", path, executor)):
+        assert (problem.dialect, problem.stub) == ("evalplus", problem.starter_code.lstrip("\n"))
+        assert problem.stub.strip() in problem.statement  # for models that are not begun with it
+        body = problem.solutions[0].lstrip("\n").removeprefix(problem.stub)
+        assert examples.passes(executor, problem, extract_code(f"{body}```\n", stub=problem.stub) or "")
+    path = examples.json_lines(tmp_path / "M.jsonl", [examples.MBPP_PLUS_ROW])
+    (mbpp_plus,) = found("mbppplus", path, executor)
+    assert (mbpp_plus.dialect, mbpp_plus.stub) == ("evalplus", "")
 
 
 def test_single_assertions_are_public_where_there_is_nothing_else(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ Rank 0 gives orders, and every sampler carries out all of them in turn. An order
 (`words.py`); what is large travels by collectives, which begin when all who take part have come to them: so a
 wait that may be long is one that names whom it is for, and ends when that one is gone.
 
-Weights go bucket by bucket from one rank of each pipeline stage to all samplers at once. Episodes go from
-each sampler to rank 0, and from there to the learners.
+Weights go bucket by bucket from one rank of each pipeline stage to all samplers at once, each rank of an
+engine included. Episodes go from each engine's leader to rank 0, and from there to the learners.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -48,16 +48,16 @@ class _Bridge:
         self._words = words
         self._number = 0  # of the last order
         self._weights: dict[int, Any] = {}  # by pipeline rank: one that holds its stages, then the samplers
-        self._replies: Any = None  # rank 0, then the samplers
+        self._replies: Any = None  # rank 0, then the leaders
 
-    def _join(self, name: str, rank: int, *, of_tensors: bool = False) -> Any:
-        """A group of one learner, its rank 0, and all samplers. All of them call it at the same time.
+    def _join(self, name: str, rank: int, others: range, *, of_tensors: bool = False) -> Any:
+        """A group of one learner, its rank 0, and of the samplers `others`. All call it at the same time.
 
         torch.distributed makes groups of its default group only, and that does not hold both ends: this is a
         backend of it, without the front.
         """
         store = within(self._job.store, name)
-        size, timeout = 1 + len(self._job.samplers), timedelta(seconds=self._config.parallel.timeout_s)
+        size, timeout = 1 + len(others), timedelta(seconds=self._config.parallel.timeout_s)
         if of_tensors and self._job.device.type == "cuda":
             return dist.ProcessGroupNCCL(store, rank, size, timeout)  # type: ignore[arg-type]  # an overload
         return dist.ProcessGroupGloo(store, rank, size, timeout)
@@ -82,10 +82,10 @@ class LearnersEnd(_Bridge):
         self._order("meet")
         self._wait_until_ready()
         if self.is_first:
-            self._replies = self._join("replies", 0)
+            self._replies = self._join("replies", 0, job.leaders)
         if sends:
             source = state.pipeline_rank
-            self._weights[source] = self._join(f"weights {source}", 0, of_tensors=True)
+            self._weights[source] = self._join(f"weights {source}", 0, job.samplers, of_tensors=True)
         self._in_replica = state.copy_rank == 0
 
     def send_weights(self, buckets: Iterable[Tensor], *, version: int) -> None:
@@ -100,12 +100,12 @@ class LearnersEnd(_Bridge):
                 group.broadcast(flat, 0).wait()
 
     def ask(self, kind: str, **details: Any) -> list[Any]:
-        """What each sampler replies to an order, in their order; the same on all learners."""
+        """What each engine's leader replies to an order, in their order; the same on all learners."""
         self._order(kind, **details)
         self._wait_until_ready(self._config.rollout.timeout_s, "rollout.timeout_s")
         replies: list[Any] = [None]
         if self.is_first:
-            replies = [[_receive(self._replies, 1 + index) for index in range(len(self._job.samplers))]]
+            replies = [[_receive(self._replies, 1 + index) for index in range(len(self._job.leaders))]]
         if self._job.learners > 1:
             dist.broadcast_object_list(replies, src=0)
         answered: list[Any] = replies[0]
@@ -116,7 +116,7 @@ class LearnersEnd(_Bridge):
         self._order(kind, **details)
         self._wait_until_ready()
         if self.is_first and what is not None:
-            for index in range(len(self._job.samplers)):
+            for index in range(len(self._job.leaders)):
                 _send(self._replies, what, 1 + index)
 
     def samplers_want_to_stop(self) -> bool:
@@ -144,19 +144,29 @@ class LearnersEnd(_Bridge):
 
 
 class SamplersEnd(_Bridge):
-    """The end of a process that only samples."""
+    """The end of a process that only samples. `on_ready` is called when it says that it has come to an order
+    without weights: a leader tells its engine."""
 
-    def __init__(self, job: Job, config: Config, words: Words, shape: ModelShape) -> None:
+    def __init__(
+        self,
+        job: Job,
+        config: Config,
+        words: Words,
+        shape: ModelShape,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
         super().__init__(job, config, words)
         self._shape = shape
+        self._on_ready = on_ready
         self.next_order()
-        self.ready()
+        self._say_ready()
         self._wait_for_rank_0("done")
         own = 1 + job.samplers.index(job.rank)
-        self._replies = self._join("replies", own)
+        if job.rank in job.leaders:
+            self._replies = self._join("replies", 1 + job.leaders.index(job.rank), job.leaders)
         self._stages = config.parallel.pipeline * config.parallel.virtual_pipeline
         for source in range(config.parallel.pipeline):
-            self._weights[source] = self._join(f"weights {source}", own, of_tensors=True)
+            self._weights[source] = self._join(f"weights {source}", own, job.samplers, of_tensors=True)
 
     def next_order(self) -> Order:
         """Wait for it. It is answered by one of the other methods."""
@@ -169,7 +179,9 @@ class SamplersEnd(_Bridge):
 
     def ready(self) -> None:
         """Say that this process has come to the present order."""
-        self._words.say(done=self._number)
+        if self._on_ready is not None:
+            self._on_ready()
+        self._say_ready()
 
     def reply(self, what: object) -> None:
         """The answer to the present order, for `LearnersEnd.ask`."""
@@ -183,7 +195,7 @@ class SamplersEnd(_Bridge):
 
     def weights(self, dtype: str, *, bucket_elements: int = BUCKET_ELEMENTS) -> Iterator[tuple[str, Tensor]]:
         """The whole weights under Hugging Face names, as they arrive. To be read to the end."""
-        self.ready()
+        self._say_ready()
         for stage in range(self._stages):
             group = self._weights[stage % len(self._weights)]  # rank by rank, round after round
             buckets = stage_buckets(
@@ -193,6 +205,9 @@ class SamplersEnd(_Bridge):
                 flat = torch.empty(bucket_size(bucket), dtype=getattr(torch, dtype), device=self._job.device)
                 group.broadcast(flat, 0).wait()
                 yield from unpack(flat, bucket)
+
+    def _say_ready(self) -> None:
+        self._words.say(done=self._number)
 
 
 def _send(group: Any, what: object, to: int) -> None:

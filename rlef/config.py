@@ -254,6 +254,17 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     server: ServerConfig = ServerConfig()
 
+    @property
+    def engine_ranks(self) -> int:
+        """Processes that one sampler spans, where it spans any but its own: then they only sample."""
+        spans = self.rollout.sampler == "vllm" and self.parallel.sampling_processes > 0
+        return self.vllm.tensor_parallel if spans else 1
+
+    @property
+    def engines(self) -> int:
+        """Samplers that share the episodes of a step."""
+        return self.parallel.samplers // self.engine_ranks
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The settings of a TOML file, with `section.key=value` overrides; a `ConfigError` names what to mend."""
@@ -409,10 +420,11 @@ def describe_arithmetic(config: Config) -> dict[str, int]:
         "processes": parallel.processes,
         "processes that learn": parallel.learners,
         "processes that sample": parallel.samplers,
+        "samplers": config.engines,
         "data-parallel replicas": data_parallel,
         "episodes a step": episodes,
         "problems a step": config.rollout.problems_per_step,
-        "episodes sampled by each process (at most)": -(-episodes // parallel.samplers),
+        "episodes of each sampler (at most)": -(-episodes // config.engines),
         "sequences an update": episodes // config.ppo.updates_per_step,
         "sequences an update and replica (at most)": -(
             -(episodes // config.ppo.updates_per_step) // data_parallel

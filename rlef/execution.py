@@ -28,16 +28,16 @@ LEAST_TEST_S = 0.001  # what starting a test costs, whatever it runs
 _PRIOR_RUNS, _PRIOR_FAILURES = 1.0, 0.1
 
 
-def open_executor(settings: ExecutorConfig, *, workers: int | None = None) -> SparingExecutor:
-    """With `workers`, or as many as the settings say.
+def open_executor(settings: ExecutorConfig, *, workers: int | None = None, ranks: int = 1) -> SparingExecutor:
+    """With `workers`, or as many as the settings say. It is that of this process and of the next `ranks` - 1.
 
     Raises ConfigError for a budget that the node cannot give or its processes cannot share, ValueError and
     SandboxFault as `Executor` does.
     """
     available = os.sched_getaffinity(0)
     processes, index = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    cores = share_of_cores(settings, available, processes=processes, index=index)
-    share = len(cores) if cores else max(1, len(available) // processes)
+    cores = share_of_cores(settings, available, processes=processes, index=index, ranks=ranks)
+    share = len(cores) if cores else max(1, len(available) * ranks // processes)
     return SparingExecutor(
         workers=workers or settings.workers or share,
         allow_missing=settings.allow_missing,
@@ -50,9 +50,10 @@ def open_executor(settings: ExecutorConfig, *, workers: int | None = None) -> Sp
 
 
 def share_of_cores(
-    settings: ExecutorConfig, available: Collection[int], *, processes: int, index: int
+    settings: ExecutorConfig, available: Collection[int], *, processes: int, index: int, ranks: int = 1
 ) -> list[int] | None:
-    """Which cores the programs of one of a node's processes may use; None without a budget: all.
+    """Which cores the programs of one of a node's processes may use, or of `ranks` processes from it on; None
+    without a budget: all.
 
     The budget is the last of the `available` cores. No two processes share a core.
     """
@@ -69,7 +70,8 @@ def share_of_cores(
             f"executor.cores = {budget} cannot be shared by {processes} processes of one machine; "
             f"raise it to {processes}, or 0 to share all"
         )
-    return sorted(available)[-budget:][index * budget // processes : (index + 1) * budget // processes]
+    of_node = sorted(available)[-budget:]
+    return of_node[index * budget // processes : (index + ranks) * budget // processes]
 
 
 class SparingExecutor(Executor):

@@ -294,7 +294,9 @@ def _setting(config: Config, name: str) -> object:
 
 
 def _is_one_of_several() -> bool:
-    return joined() is not None and dist.get_world_size() > 1
+    """Of processes that leave each other word in `_store`: those that learn."""
+    job = joined()
+    return job is not None and not job.only_samples and dist.get_world_size() > 1
 
 
 def _store() -> Store:

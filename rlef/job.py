@@ -1,8 +1,9 @@
 """The processes of one job, and which of them learn and which sample.
 
-Colocated, each process does both. Disaggregated, the last `parallel.sampling_processes` only sample. Megatron
-takes torch.distributed's default group for all there are, so that group is the learners' alone; a sampler is
-alone in its own. What joins the two is made on the job's store (`bridge.py`).
+Colocated, each process does both. Disaggregated, the last `parallel.sampling_processes` only sample, and so
+many that follow each other have one engine together. Megatron and vLLM take torch.distributed's default group
+for all there are, so that group is the learners' alone, or one engine's. What joins learners and samplers is
+made on the job's store (`bridge.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Job:
     learners: int  # the ranks below this one
     store: Store  # which all processes reach
     device: torch.device
+    engine_ranks: int = 1  # of those that only sample, so many have one engine together
 
     @property
     def is_disaggregated(self) -> bool:
@@ -41,16 +43,27 @@ class Job:
         """The ranks that only sample."""
         return range(self.learners, self.processes)
 
+    @property
+    def leaders(self) -> range:
+        """Of the samplers, the first rank of each engine: the one that makes episodes."""
+        return range(self.learners, self.processes, self.engine_ranks)
+
+    @property
+    def engine(self) -> range:
+        """The ranks of this sampler's engine."""
+        first = self.rank - (self.rank - self.learners) % self.engine_ranks
+        return range(first, first + self.engine_ranks)
+
 
 _joined: Job | None = None
 _met: tuple[Store, int, int] | None = None  # kept, since rank 0 keeps the others' store
 _times_joined = 0
 
 
-def join(parallel: ParallelConfig) -> Job:
+def join(parallel: ParallelConfig, *, engine_ranks: int = 1) -> Job:
     """Join the job that torchrun or `launch` started, or be a job of one process; again, the same one.
 
-    Afterwards torch.distributed's default group is that of the learners, or of this sampler alone.
+    Afterwards torch.distributed's default group is that of the learners, or of this sampler's engine.
     """
     global _joined, _times_joined  # noqa: PLW0603  as torch.distributed keeps its groups
     if _joined is not None and dist.is_initialized():
@@ -71,13 +84,15 @@ def join(parallel: ParallelConfig) -> Job:
         learners=processes - parallel.sampling_processes,
         store=store,
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        engine_ranks=engine_ranks,
     )
+    members = job.engine if job.only_samples else range(job.learners)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         timeout=timeout,
-        store=within(store, f"sampler {rank}" if job.only_samples else "learners"),
-        rank=0 if job.only_samples else rank,
-        world_size=1 if job.only_samples else job.learners,
+        store=within(store, f"ranks from {members[0]}"),
+        rank=members.index(rank),
+        world_size=len(members),
     )
     _joined = job
     return job

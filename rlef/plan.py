@@ -22,7 +22,7 @@ from rlef.plan_memory import Layout, RankMemory, cache_capacity, rank_memory
 from rlef.plan_model import NAMED, ModelSize
 from rlef.plan_time import StepTime, Workload, step_time
 
-_SAMPLING_SHARES = 16  # of a cluster that are tried, when some GPUs sample and others train
+_SAMPLING_SHARES = 18  # of a cluster that are tried, when some GPUs sample and others train
 _MOST_CHUNKS = 4  # of layers per pipeline rank that are tried: each one more is one more round of messages
 
 
@@ -37,7 +37,8 @@ class Abilities:
     interleaved: bool
     disaggregated: bool
     paged_sampler: bool  # a sampler with a paged cache: vLLM
-    split_sampler: bool  # the same over several ranks, beside trainers of several processes
+    split_sampler: bool  # the same over several ranks that only sample
+    split_colocated_sampler: bool  # and over several that learn too
 
 
 # With the embedded sampler; `trainer_with` knows the other. Layouts with context parallelism are not made.
@@ -50,6 +51,7 @@ TRAINER = Abilities(
     disaggregated=True,
     paged_sampler=False,
     split_sampler=False,
+    split_colocated_sampler=False,
 )
 EVERYTHING = Abilities(
     bf16=True,
@@ -60,12 +62,14 @@ EVERYTHING = Abilities(
     disaggregated=True,
     paged_sampler=True,
     split_sampler=True,
+    split_colocated_sampler=True,
 )
 
 
 def trainer_with(rollout: RolloutConfig) -> Abilities:
     """What the trainer can run with these settings."""
-    return replace(TRAINER, paged_sampler=rollout.sampler == "vllm")
+    has_vllm = rollout.sampler == "vllm"
+    return replace(TRAINER, paged_sampler=has_vllm, split_sampler=has_vllm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +162,8 @@ def layouts_of(size: ModelSize, cluster: Cluster, work: Workload, abilities: Abi
                     distributed_optimizer=abilities.distributed_optimizer and replicas > 1,
                     sequence_parallel=abilities.sequence_parallel and tensor > 1,
                 )
-                samplers = _tensor_sizes(size, cluster) if abilities.split_sampler else [1]
+                splits = abilities.split_colocated_sampler if base.colocated else abilities.split_sampler
+                samplers = _tensor_sizes(size, cluster) if splits else [1]
                 chunks = _chunk_counts(size, pipeline) if abilities.interleaved else [1]
                 for sampler_tensor, chunk_count in itertools.product(samplers, chunks):
                     if sampling % sampler_tensor == 0:
@@ -255,7 +260,14 @@ def missing_abilities(layout: Layout, abilities: Abilities) -> tuple[str, ...]:
         "interleaved pipeline": (layout.virtual_pipeline > 1, abilities.interleaved),
         "disaggregated topology": (not layout.colocated, abilities.disaggregated),
         "rollout.sampler=vllm": (not layout.whole_cache, abilities.paged_sampler),
-        "sampler over several ranks": (layout.sampler_tensor > 1, abilities.split_sampler),
+        "sampler over several ranks": (
+            layout.sampler_tensor > 1 and not layout.colocated,
+            abilities.split_sampler,
+        ),
+        "sampler over several ranks that learn too": (
+            layout.sampler_tensor > 1 and layout.colocated,
+            abilities.split_colocated_sampler,
+        ),
     }
     return tuple(name for name, (wanted, had) in asked.items() if wanted and not had)
 
@@ -297,6 +309,7 @@ def launch_command(
         sampler = memory.sampler_weights + memory.kv_cache if layout.colocated else candidate.sampler_memory
         share = sampler / cluster.gpu.memory_bytes
         overrides += [f"vllm.memory_fraction={math.ceil(100 * share) / 100}", f"vllm.dtype={dtype}"]
+        overrides.append(f"vllm.tensor_parallel={layout.sampler_tensor}")
     return " ".join([*words, "-m", "rlef", "train", *(shlex.quote(word) for word in overrides)])
 
 

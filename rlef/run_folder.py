@@ -44,6 +44,7 @@ _FREE_TO_CHANGE = {
     "rollout.timeout_s",
     "ppo.micro_batch_tokens",
     "vllm.memory_fraction",
+    "vllm.tensor_parallel",
     "executor.workers",
     "executor.allow_missing",
     "executor.memory_cgroup",

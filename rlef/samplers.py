@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -35,17 +36,13 @@ def _check_vllm(config: Config, shape: ModelShape) -> None:
             f"evaluation.temperature = {config.evaluation.temperature}: with rollout.sampler = 'vllm' it "
             f"must be 0 or at least {LEAST_TEMPERATURE}"
         )
-    tensor, processes = config.vllm.tensor_parallel, config.parallel.processes
+    tensor = config.vllm.tensor_parallel
     if shape.num_attention_heads % tensor:
         raise ConfigError(
             f"vllm.tensor_parallel = {tensor} does not divide the model's {shape.num_attention_heads} "
             "attention heads; use a number that does"
         )
-    if tensor > 1 and processes > 1:
-        raise ConfigError(
-            f"vllm.tensor_parallel = {tensor}, but parallel.processes = {processes}: each process has a "
-            "sampler of its own, and they would take each other's GPUs; use 1 for one of them"
-        )
+    _check_engines(config)
     if not torch.cuda.is_available() and shape.head_dim not in CPU_HEAD_SIZES:
         raise ConfigError(
             f"model.path: head_dim is {shape.head_dim}, but vLLM's attention on CPUs knows only "
@@ -53,10 +50,36 @@ def _check_vllm(config: Config, shape: ModelShape) -> None:
         )
 
 
+def _check_engines(config: Config) -> None:
+    """That processes can be shared out to engines of `vllm.tensor_parallel` ranks each, on one node each."""
+    tensor, parallel = config.vllm.tensor_parallel, config.parallel
+    if tensor > 1 and parallel.processes > 1 and not parallel.sampling_processes:
+        raise ConfigError(
+            f"vllm.tensor_parallel = {tensor}, but parallel.processes = {parallel.processes}: each process "
+            "has a sampler of its own, and they would take each other's GPUs; use 1 for one of them, or let "
+            f"some only sample: parallel.sampling_processes={tensor}"
+        )
+    if parallel.sampling_processes % tensor:
+        raise ConfigError(
+            f"parallel.sampling_processes = {parallel.sampling_processes} is not a multiple of "
+            f"vllm.tensor_parallel = {tensor}, the ranks of one sampler; "
+            f"use {-(-parallel.sampling_processes // tensor) * tensor}"
+        )
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes))
+    for first in range(parallel.learners, parallel.processes, config.engine_ranks):
+        last = first + config.engine_ranks - 1
+        if first // on_node != last // on_node:
+            raise ConfigError(
+                f"vllm.tensor_parallel = {tensor}: ranks {first} to {last}, of one sampler, would lie on two "
+                f"nodes of {on_node} processes; use a vllm.tensor_parallel that divides {on_node}, and "
+                "parallel.sampling_processes so that whole nodes sample"
+            )
+
+
 def build_sampler(
     config: Config, folder: Path, shape: ModelShape, *, end_token_id: int, device: torch.device | None = None
 ) -> StreamingSampler:
-    """This process's sampler, without weights, for the model in `folder`.
+    """This process's sampler, or its part of one, without weights, for the model in `folder`.
 
     Where there are several processes, all of them call this, after they have joined the job.
     """
@@ -67,7 +90,7 @@ def build_sampler(
             end_token_id=end_token_id,
             context=longest_dialog(config),
             slots=config.rollout.slots,
-            dialogs=-(-config.rollout.episodes_per_step // config.parallel.samplers),
+            dialogs=-(-config.rollout.episodes_per_step // config.engines),
             settings=config.vllm,
         )
     return TorchSampler(

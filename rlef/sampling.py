@@ -7,8 +7,8 @@ their own do (`sample`), and the learners order and receive. What makes a proces
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Protocol, TypedDict, Unpack
 
@@ -20,14 +20,15 @@ from rlef.asynchronous import AsynchronousRollouts
 from rlef.bridge import LearnersEnd, Order, SamplersEnd
 from rlef.config import Config, ConfigError, FeedbackKind
 from rlef.curriculum import Curriculum, Progress, skips
+from rlef.engine_group import Calls, Follower, LeadingSampler
 from rlef.execution import open_executor
 from rlef.families import read_shape
 from rlef.faults import RunFault, Watch, doing
 from rlef.job import Job, leave
-from rlef.ports import Network, SamplingParams
+from rlef.ports import Network, SamplingParams, StreamingSampler
 from rlef.pretrained import StoredWeights, model_folder
 from rlef.prompts import Dialog
-from rlef.records import Episode, Problem
+from rlef.records import Episode, ModelShape, Problem
 from rlef.rollout import Collection, CollectSettings, interleaved, share_out
 from rlef.rollout import collect as collect_in_lockstep
 from rlef.samplers import build_sampler
@@ -93,21 +94,27 @@ class Rollouts(Protocol):
 class OwnRollouts:
     """The share of the episodes that this process makes: those of every `of`-th problem."""
 
-    def __init__(self, config: Config, stack: ExitStack, *, job: Job, index: int, of: int) -> None:
-        """With the weights of `model.path`, as version 0. `stack` ends what is begun here."""
+    def __init__(
+        self,
+        config: Config,
+        stack: ExitStack,
+        *,
+        job: Job,
+        index: int,
+        of: int,
+        calls: Calls | None = None,
+    ) -> None:
+        """With the weights of `model.path`, as version 0. `stack` ends what is begun here.
+
+        With `calls` this process leads the others of its sampler's engine.
+        """
         self._config = config
         self._index, self._of = index, of
         self.is_first = index == 0
-        folder = model_folder(config.model.path)
-        self.shape = read_shape(folder)
-        self._dialog = Dialog.read(folder, config.rollout)
-        self._sampler = build_sampler(
-            config, folder, self.shape, end_token_id=self._dialog.end_token_id, device=job.device
-        )
-        stack.callback(self._sampler.close)
-        dtype = getattr(torch, config.parallel.dtype)  # in which the networks have them, and push them later
-        rounded = ((name, whole.to(dtype)) for name, whole in StoredWeights(folder).tensors())
-        self._sampler.push(rounded, version=0)
+        self._sampler, self.shape, self._dialog = _load_sampler(config, stack, job)
+        if calls is not None:
+            self._sampler = LeadingSampler(self._sampler, calls)
+            stack.callback(calls.close)
         problems = sources.load(config, "train")
         self._cursor = sources.training_cursor(problems, config)
         self._origin = 0  # where in the problems step 0 began
@@ -115,7 +122,7 @@ class OwnRollouts:
         self._eval_problems = sources.load(config, "eval")
         self._unrelated = unrelated_feedback(problems, config.rollout)
         self._unrelated_held_out = unrelated_feedback(self._eval_problems, config.rollout)
-        self._executor = stack.enter_context(open_executor(config.executor))
+        self._executor = stack.enter_context(open_executor(config.executor, ranks=job.engine_ranks))
         self._asynchronous: AsynchronousRollouts | None = None  # until `start`
         self._device = job.device
         self._stack = stack
@@ -228,6 +235,18 @@ class OwnRollouts:
         )
 
 
+def _load_sampler(config: Config, stack: ExitStack, job: Job) -> tuple[StreamingSampler, ModelShape, Dialog]:
+    """This process's sampler, or its part of one, with the weights of `model.path` as version 0."""
+    folder = model_folder(config.model.path)
+    shape, dialog = read_shape(folder), Dialog.read(folder, config.rollout)
+    sampler = build_sampler(config, folder, shape, end_token_id=dialog.end_token_id, device=job.device)
+    stack.callback(sampler.close)
+    dtype = getattr(torch, config.parallel.dtype)  # in which the networks have them, and push them later
+    rounded = ((name, whole.to(dtype)) for name, whole in StoredWeights(folder).tensors())
+    sampler.push(rounded, version=0)
+    return sampler, shape, dialog
+
+
 class Colocated:
     """`Rollouts` where each process makes its share."""
 
@@ -324,19 +343,55 @@ def sample(config: Config, job: Job) -> int:
         stack.enter_context(watch.phase("starting or stopping"))
         stack.enter_context(StopRequest(on_request=words.ask_to_stop))
         stack.callback(leave)
-        index, of = job.samplers.index(job.rank), len(job.samplers)
-        try:
-            own = OwnRollouts(config, stack, job=job, index=index, of=of)
-        except ConfigError as error:  # rank 0, which tells these, may be ended before it hears of it
-            raise RunFault(str(error)) from error
-        bridge = SamplersEnd(job, config, words, own.shape)
-        with words:  # so that others hear of a fault before this process tidies up
-            while (order := bridge.next_order()).kind != "end":
-                with watch.phase(_phase_of(order)):
-                    _carry_out(order, own, bridge)
-                words.enter("waiting for the learners")
-            bridge.ready()
+        calls = Calls(job, config, words) if job.engine_ranks > 1 else None
+        if calls is None or calls.leads:
+            _lead(config, stack, job, words, watch, calls)
+        else:
+            _follow(config, stack, job, words, watch, calls)
     return 0
+
+
+@contextmanager
+def _telling_what_is_refused() -> Iterator[None]:
+    """Rank 0, which tells what the user must mend, may be ended before it hears of what this process met."""
+    try:
+        yield
+    except ConfigError as error:
+        raise RunFault(str(error)) from error
+
+
+def _lead(
+    config: Config, stack: ExitStack, job: Job, words: Words, watch: Watch, calls: Calls | None
+) -> None:
+    index, of = job.leaders.index(job.rank), len(job.leaders)
+    with _telling_what_is_refused():
+        own = OwnRollouts(config, stack, job=job, index=index, of=of, calls=calls)
+    tell = calls.tell if calls is not None else lambda _: None
+    bridge = SamplersEnd(job, config, words, own.shape, on_ready=lambda: tell("ready"))
+    with words:  # so that others hear of a fault before this process tidies up
+        while (order := bridge.next_order()).kind != "end":
+            tell("order")
+            with watch.phase(_phase_of(order)):
+                _carry_out(order, own, bridge)
+            words.enter("waiting for the learners")
+        tell("order")
+        bridge.ready()
+    if calls is not None:
+        calls.is_ending = True
+
+
+def _follow(config: Config, stack: ExitStack, job: Job, words: Words, watch: Watch, calls: Calls) -> None:
+    """As `_lead`, with the leader of this process's engine."""
+    with _telling_what_is_refused():
+        sampler, shape, _ = _load_sampler(config, stack, job)
+    bridge = SamplersEnd(job, config, words, shape)
+    follower = Follower(sampler, calls, bridge)
+    with words:
+        there_is_more = calls.receive().name == "order"
+        while there_is_more:
+            order = bridge.next_order()
+            with watch.phase(_phase_of(order)):
+                there_is_more = follower.follow(order)
 
 
 def _carry_out(order: Order, own: OwnRollouts, bridge: SamplersEnd) -> None:
@@ -378,5 +433,7 @@ def _phase_of(order: Order) -> str:
             return "saving what is under way"
         case "record":
             return "recording outcomes"
+        case "end":
+            return "starting or stopping"
         case _:
             return "starting the episodes"

@@ -47,7 +47,7 @@ _EVALUATION, _CHECKPOINT = BETWEEN_STEPS
 
 def train(config: Config, folder: RunFolder) -> int:
     """Train as `config` says; every process of the job calls this. Returns the exit status."""
-    job = join(config.parallel)
+    job = join(config.parallel, engine_ranks=config.engine_ranks)
     if job.only_samples:
         return sample(config, job)
     with ExitStack() as stack:
@@ -83,7 +83,7 @@ def train_under_torchrun(config: Config, resume: str) -> int:
     """`train`, started by torchrun, perhaps again: rank 0 opens the run's folder, and the others follow."""
     with ExitStack() as stack:
         with Watch(config).phase("starting or stopping"):
-            job = join(config.parallel)
+            job = join(config.parallel, engine_ranks=config.engine_ranks)
             meeting = within(job.store, "run")
             meeting.set(f"agent {job.rank}", torchrun_agent())
             if job.rank == 0:

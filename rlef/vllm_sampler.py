@@ -1,8 +1,9 @@
 """The sampler on vLLM, on GPUs and on its CPU build: the only file that imports vllm.
 
 The engine runs in this process and is stepped from here, so that weights are handed over as tensors, between
-two tokens. The prefix cache keeps the keys and values of earlier turns: a later turn computes its feedback
-alone.
+two tokens. Where torch.distributed's default group has several ranks, each has its part of one engine, and
+all make the same calls (`engine_group.py`). The prefix cache keeps the keys and values of earlier turns: a
+later turn computes its feedback alone.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class _Draft:
 class VllmSampler:
     """`ports.StreamingSampler` for any model that vLLM knows. One at a time in a process.
 
-    Where torch.distributed is to have more than this process, it must be initialised before.
+    With `tensor_parallel` above 1 it starts workers of its own, unless the default group of torch.distributed
+    has so many ranks: then this is one of them. Where that group is to have more than this process, it must
+    be initialised before.
     """
 
     def __init__(
@@ -87,7 +90,8 @@ class VllmSampler:
         self._end_token_id = end_token_id
         self._context = context
         self._version = -1
-        self._has_workers = settings.tensor_parallel > 1
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self._has_workers = settings.tensor_parallel > 1 and ranks != settings.tensor_parallel
         self._drafts: dict[str, _Draft] = {}  # under way, by vLLM's name for the request
         self._request_ids = map(str, itertools.count())
         self.cached_prompt_tokens = 0  # of all prompts so far: those whose keys and values were in the cache
@@ -95,9 +99,14 @@ class VllmSampler:
         self._owns_group = not torch.distributed.is_initialized()
         with _as_the_engine_wants(on_gpu=on_gpu, has_workers=self._has_workers):
             EngineArgs, LLMEngine = _import_engine()  # noqa: N806
+            if ranks > 1 and not on_gpu:
+                _leave_shared_memory_alone()
             arguments: dict[str, Any] = {"gpu_memory_utilization": settings.memory_fraction}
             if not on_gpu:
-                cache_bytes = _cache_bytes(shape, settings, context=context, dialogs=max(slots, dialogs))
+                workers = settings.tensor_parallel if self._has_workers else 1
+                cache_bytes = _cache_bytes(
+                    shape, settings, context=context, dialogs=max(slots, dialogs), workers=workers
+                )
                 arguments = {
                     "kv_cache_memory_bytes": cache_bytes,
                     "block_size": _CPU_BLOCK,
@@ -116,7 +125,7 @@ class VllmSampler:
                     max_model_len=context,
                     max_num_seqs=slots,
                     tensor_parallel_size=settings.tensor_parallel,
-                    distributed_executor_backend=_backend(settings),
+                    distributed_executor_backend="mp" if self._has_workers else _own_backend(),
                     enable_prefix_caching=True,
                     logprobs_mode="processed_logprobs",
                     disable_log_stats=True,
@@ -303,25 +312,28 @@ def _request_seed(seed: int, request: Request) -> int:
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
-def _backend(settings: VllmConfig) -> str:
-    """Workers of its own for tensor parallel; else this process, on the GPU that its launcher gave it."""
-    if settings.tensor_parallel > 1:
-        return "mp"
+def _own_backend() -> str:
+    """Of an engine in this process: where it has a launcher, on the GPU that this gave it."""
     return "external_launcher" if "RANK" in os.environ else "uni"
 
 
-def _cache_bytes(shape: ModelShape, settings: VllmConfig, *, context: int, dialogs: int) -> int:
-    """Of the cache in this machine's memory: what `dialogs` whole ones take, or this process's share.
+def _cache_bytes(shape: ModelShape, settings: VllmConfig, *, context: int, dialogs: int, workers: int) -> int:
+    """Of one rank's cache in this machine's memory: what its heads of `dialogs` whole ones take, or the share
+    of one of this process's `workers`.
 
     Raises:
         ConfigError: the share is too small for one.
     """
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    numbers = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    heads = max(
+        1, shape.num_key_value_heads // settings.tensor_parallel
+    )  # if they are fewer, ranks share one
+    numbers = 2 * shape.num_hidden_layers * heads * shape.head_dim
     block = _CPU_BLOCK * numbers * dtype.itemsize
     blocks = -(-context // _CPU_BLOCK)  # of a dialog; vLLM keeps one more for itself
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    share = int(memory * settings.memory_fraction) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * workers
+    share = int(memory * settings.memory_fraction) // processes
     if share < (blocks + 1) * block:
         raise ConfigError(
             f"vllm.memory_fraction = {settings.memory_fraction} leaves {share:,} bytes for the cache, and "
@@ -344,6 +356,15 @@ def _import_engine() -> tuple[Any, Any]:
             "CPU build of torch, pip uninstall torchvision torchaudio torchcodec; else install the extra anew"
         ) from error
     return EngineArgs, LLMEngine
+
+
+def _leave_shared_memory_alone() -> None:
+    """On CPUs the ranks of an engine would meet in shared memory, under a name that all launched engines of a
+    machine have alike, and that outlives them. Where ranks have different names, vLLM takes their group.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda _: str(os.getpid()))
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 Each process keeps one word in the job's store: where it is, what it has done, a fault, and a number that
 grows while it lives. A thread writes it and reads those of others: rank 0 reads all, and all read that of
-rank 0, so that the store has little to do in a job of many. Whoever waits, waits for a word, and is told when
-it can no longer come.
+rank 0 and those of their own engine, so that the store has little to do in a job of many. Whoever waits,
+waits for a word, and is told when it can no longer come.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class Words:
     def __init__(self, job: Job, *, silence_s: int) -> None:
         self._wants_to_stop = False
         self._rank = job.rank
-        self._listens_to = [rank for rank in range(job.processes) if rank != job.rank]
-        if job.rank > 0:
-            self._listens_to = [0]
+        listens_to = {0, *job.engine} if job.only_samples else {0}
+        if job.rank == 0:
+            listens_to = set(range(job.processes))
+        self._listens_to = sorted(listens_to - {job.rank})
         self._silence_s = silence_s
         self._own = Word(host=socket.gethostname(), machine=_machine(), process_id=os.getpid())
         self._heard: dict[int, Word] = {}

@@ -279,7 +279,7 @@ def test_the_batch_arithmetic_is_described(tmp_path: Path) -> None:
     )
     arithmetic = describe_arithmetic(config)
     assert arithmetic["data-parallel replicas"] == 3
-    assert arithmetic["episodes sampled by each process (at most)"] == 4
+    assert arithmetic["episodes of each sampler (at most)"] == 4
     assert arithmetic["sequences an update"] == 12
     assert arithmetic["sequences an update and replica (at most)"] == 4
     assert arithmetic["updates in all"] == 20

@@ -82,6 +82,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "doctor",
+            "engine_group",
             "evaluate",
             "evaluation_folder",
             "gguf_import",

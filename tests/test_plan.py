@@ -86,7 +86,8 @@ def test_the_plan_knows_what_the_trainer_can_run(network: MegatronNetwork) -> No
             interleaved="virtual_pipeline" in settings_of_all,
             disaggregated="sampling_processes" in settings_of_all,
             paged_sampler=Config().rollout.sampler == "vllm",
-            split_sampler=False,  # samplers.check_sampler refuses it beside several processes
+            split_sampler=Config().rollout.sampler == "vllm",
+            split_colocated_sampler=False,  # samplers.check_sampler refuses it
         )
         == TRAINER
     )
@@ -306,7 +307,7 @@ def test_with_vllm_the_plan_gives_its_cache_a_share_of_the_gpu() -> None:
     (share,) = [word for word in shlex.split(command) if word.startswith("vllm.memory_fraction=")]
     taken = float(share.partition("=")[2]) * cluster.gpu.memory_bytes
     assert taken >= paged.memory.sampler_weights + paged.memory.kv_cache
-    assert paged.layout.sampler_tensor == 1
+    assert f"vllm.tensor_parallel={paged.layout.sampler_tensor}" in shlex.split(command)
     plain = make_plan(size, cluster, work, Assumptions(), trainer=trainer_with(RolloutConfig()))
     assert any("rollout.sampler=vllm" in each.missing for each in plain.candidates)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import subprocess
 import sys
@@ -109,7 +110,11 @@ except ConfigError as error:
         ),
         (
             ["vllm.tensor_parallel=2", "parallel.processes=2"],
-            r"vllm\.tensor_parallel = 2, but parallel\.processes = 2: each process has a sampler of its own",
+            r"vllm\.tensor_parallel = 2, but parallel\.processes = 2: .*: parallel\.sampling_processes=2$",
+        ),
+        (
+            ["vllm.tensor_parallel=2", "parallel.processes=4", "parallel.sampling_processes=3"],
+            r"parallel\.sampling_processes = 3 is not a multiple of vllm\.tensor_parallel = 2, .*; use 4$",
         ),
     ],
 )
@@ -118,6 +123,27 @@ def test_settings_that_vllm_cannot_run_with_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_sampler(with_vllm(tmp_path, *overrides), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("learners", "on_node", "message"),
+    [
+        (2, 3, "ranks 2 to 3, of one sampler, would lie on two nodes of 3 processes"),
+        (2, 2, ""),
+        (2, 6, ""),
+        (3, 4, "ranks 3 to 4, of one sampler, would lie on two nodes of 4 processes"),
+    ],
+)
+def test_the_ranks_of_one_engine_must_lie_on_one_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learners: int, on_node: int, message: str
+) -> None:
+    """As torchrun says how many processes a node has, and where vLLM is installed."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_node))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    sizes = (f"parallel.processes={learners + 4}", "parallel.sampling_processes=4")
+    config = with_vllm(tmp_path, *sizes, "vllm.tensor_parallel=2")
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        check_sampler(config, SHAPE)
 
 
 @pytest.mark.vllm

@@ -16,13 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlef.config import ConfigError, VllmConfig
+from rlef.config import ConfigError, ParallelConfig, VllmConfig
+from rlef.job import join
 from rlef.ports import UNFINISHED, Request, Response, SamplingParams
 from rlef.pretrained import write_pretrained
 from rlef.records import ModelShape
 from rlef.torch_model import LlamaModel, initialise
 from rlef.torch_sampler import TorchSampler, sampling_logprobs
 from rlef.vllm_sampler import CPU_HEAD_SIZES, VllmSampler
+from tests.distributed import common_folder, run_ranks
 from tests.small_runs import Command, nothing_left_behind, read_lines, run_file
 
 pytestmark = [
@@ -327,6 +329,12 @@ def test_weights_of_another_model_are_refused_and_the_next_push_mends_it(
 
 
 def test_a_push_within_responses_changes_the_weights_from_the_next_token_on(pair: Pair) -> None:
+    finished = push_within_responses(pair)
+    assert all(len(response.token_ids) > 8 for response in finished.values())
+
+
+def push_within_responses(pair: Pair) -> dict[int, Response]:
+    """After eight tokens; checked against the model's log-probabilities before and after."""
     begun: dict[int, list[int]] = {}
     for request in requests(LONG):
         pair.sampler.submit(request, params(max_tokens=30))
@@ -344,7 +352,7 @@ def test_a_push_within_responses_changes_the_weights_from_the_next_token_on(pair
         expected = torch.cat([old(ids)[: len(begun[stream]) + 7], new(ids)[len(begun[stream]) + 7 :]])
         found = torch.tensor(response.logprobs)
         torch.testing.assert_close(found, expected[len(begun[stream]) - 1 :], rtol=0, atol=1e-5)
-        assert len(response.token_ids) > 8
+    return finished
 
 
 def whole_logprobs(model: LlamaModel) -> Callable[[list[int]], Tensor]:
@@ -449,6 +457,53 @@ def test_two_workers_of_tensor_parallel_give_the_models_logprobs_after_each_push
             pair.assert_logprobs(list(PROMPTS), pair.sampler.generate(requests(), params()), params())
 
 
+def as_rank_of_an_engine() -> list[list[Response]]:
+    """One of two processes that have an engine together: what it gave, before, during and after a push."""
+    join(ParallelConfig(processes=2))  # a default group of both
+    own = common_folder() / f"model-{os.environ['RANK']}"
+    own.mkdir()
+    pair = build(own, SHAPES[(common_folder() / "shape").read_text()], tensor_parallel=2)
+    with closing(pair.sampler):
+        assert not pair.sampler._has_workers
+        pair.push(seed=1)
+        embedded = TorchSampler(pair.model.shape, end_token_id=END, slots=8)
+        embedded.push(pair.model.state_dict().items(), version=0)
+        greedy = params(temperature=0.0)
+        found = pair.sampler.generate(requests(), greedy)
+        assert tokens(found) == tokens(embedded.generate(requests(), greedy))
+        drawn = pair.sampler.generate(requests(), params())
+        pair.assert_logprobs(list(PROMPTS), drawn, params())
+        pushed = list(push_within_responses(pair).values())
+        begun = params(max_tokens=30)
+        for request in requests(LONG):
+            pair.sampler.submit(request, begun)
+        for _ in range(5):
+            pair.sampler.step()
+        aborted = dict(pair.sampler.abort())
+        assert {len(response.token_ids) for response in aborted.values()} == {5}
+        whole = pair.sampler.generate(requests(LONG), begun)
+        assert [aborted[100 + index].token_ids for index in range(2)] == [ids[:5] for ids in tokens(whole)]
+        for request in requests(LONG):
+            ids = [*request.token_ids, *aborted[request.stream].token_ids]
+            pair.sampler.submit(Request(stream=request.stream, token_ids=ids, num_sampled=5), begun)
+        gone_on_with = to_the_end(pair.sampler)
+        for request in requests(LONG):
+            ids = [*request.token_ids, *aborted[request.stream].token_ids]
+            pair.assert_logprobs([ids], [gone_on_with[request.stream]], params())
+    return [found, drawn, pushed, whole, list(gone_on_with.values())]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_processes_of_one_engine_give_the_models_logprobs_and_the_same_tokens(
+    tmp_path: Path, shape: str
+) -> None:
+    """Greedy tokens are the embedded sampler's, and a push within responses serves from the next token on."""
+    (tmp_path / "shape").write_text(shape)
+    first, second = run_ranks(as_rank_of_an_engine, ranks=2, folder=tmp_path, timeout_s=1200)
+    assert [tokens(responses) for responses in first] == [tokens(responses) for responses in second]
+    assert all(first)
+
+
 @pytest.mark.parametrize(
     ("processes", "overrides"),
     [
@@ -457,8 +512,18 @@ def test_two_workers_of_tensor_parallel_give_the_models_logprobs_after_each_push
         (1, ["rollout.overlap=true"]),
         (1, ["rollout.max_staleness=1"]),
         (2, ["parallel.sampling_processes=1"]),
+        (3, ["parallel.sampling_processes=2", "vllm.tensor_parallel=2"]),
+        (3, ["parallel.sampling_processes=2", "vllm.tensor_parallel=2", "rollout.max_staleness=1"]),
     ],
-    ids=["lockstep", "two processes", "overlapped", "asynchronous", "one samples and one learns"],
+    ids=[
+        "lockstep",
+        "two processes",
+        "overlapped",
+        "asynchronous",
+        "one samples and one learns",
+        "two of one engine sample",
+        "two of one engine sample while one learns",
+    ],
 )
 def test_a_run_with_vllm_trains_the_embedded_model(
     tmp_path: Path, processes: int, overrides: list[str]

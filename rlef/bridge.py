@@ -124,6 +124,12 @@ class LearnersEnd(_Bridge):
         words = [self._words.heard(rank) for rank in self._job.samplers]
         return any(word is not None and word.wants_to_stop for word in words)
 
+    def name_of(self, index: int) -> str:
+        """The process that gives reply number `index`; with its host on rank 0, which hears from it."""
+        rank = self._job.leaders[index]
+        word = self._words.heard(rank)
+        return f"rank {rank}" + (f" on {word.host}" if word is not None else "")
+
     def _order(self, kind: str, **details: Any) -> None:
         self._number += 1
         if self.is_first:

@@ -219,6 +219,12 @@ class Slowest:
     def is_slow(self) -> bool:
         return self.ratio > SLOW_RATIO and self.seconds > SLOW_S
 
+    def told_of(self, process: str) -> str:
+        return (
+            f"{process} is slow: {self.phase} took it {self.seconds:.1f} s, {self.ratio:.1f} times the "
+            f"median of {self.median:.1f} s"
+        )
+
 
 def slowest(seconds: Mapping[str, Sequence[float]]) -> Slowest:
     """Of each phase's seconds by rank: a slow process before any other, then most seconds over the median."""
@@ -247,10 +253,7 @@ class Pace:
         return slowest(dict(zip(own, by_phase, strict=True)))
 
     def describe(self, found: Slowest) -> str:
-        return (
-            f"rank {found.rank} on {self._hosts[found.rank]} is slow: {found.phase} took it "
-            f"{found.seconds:.1f} s, {found.ratio:.1f} times the median of {found.median:.1f} s"
-        )
+        return found.told_of(f"rank {found.rank} on {self._hosts[found.rank]}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

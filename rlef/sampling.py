@@ -23,7 +23,7 @@ from rlef.curriculum import Curriculum, Progress, skips
 from rlef.engine_group import Calls, Follower, LeadingSampler
 from rlef.execution import open_executor
 from rlef.families import read_shape
-from rlef.faults import RunFault, Watch, doing
+from rlef.faults import RunFault, Watch, doing, slowest
 from rlef.job import Job, leave
 from rlef.ports import Network, SamplingParams, StreamingSampler
 from rlef.pretrained import StoredWeights, model_folder
@@ -50,6 +50,7 @@ class Rollouts(Protocol):
     """A learner's view of the sampling side. Every method is collective over the learners."""
 
     own_s: dict[str, float]  # this process's seconds of the last step, by phase
+    slow_sampler: str  # the process that only samples and was slow in the last step, in words; empty if none
 
     def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
         """Begin with `step`, whose problems are counted from `origin`; go on with what `save` and `record`
@@ -254,6 +255,7 @@ class Colocated:
         self._own = own
         self._watch = watch
         self.own_s: dict[str, float] = {}
+        self.slow_sampler = ""
 
     def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
         self._own.start(step, origin, saved, progress)
@@ -295,13 +297,22 @@ class Disaggregated:
         self._watch = watch
         self._records = records
         self.own_s: dict[str, float] = {}
+        self.slow_sampler = ""
 
     def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
         self._bridge.tell("start", (list(saved), progress), step=step, origin=origin)
 
     def collect(self, step: int) -> Collection:
         with self._watch.phase(f"waiting for the episodes of step {step + 1}"):
-            return interleaved(self._bridge.ask("collect", step=step))
+            shares: Sequence[Collection] = self._bridge.ask("collect", step=step)
+        found = slowest(
+            {
+                "sampling": [share.sampling_s for share in shares],
+                "executing": [share.executing_s for share in shares],
+            }
+        )
+        self.slow_sampler = found.told_of(self._bridge.name_of(found.rank)) if found.is_slow else ""
+        return interleaved(shares)
 
     def record(self, episodes: Sequence[Episode]) -> Progress | None:
         """Each sampler chooses for itself; the first one says where they stand."""

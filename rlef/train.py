@@ -239,6 +239,8 @@ class Run:
 
     def pace(self) -> dict[str, float]:
         """The process that others wait for most in this step, which is named if it is slow."""
+        if self.rollouts.slow_sampler:
+            self.telemetry.note(self.rollouts.slow_sampler)
         if self._pace is None:
             return {}
         with self._watch.phase("comparing what a step took"):

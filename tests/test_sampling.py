@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rlef.problems import load, training_cursor
 from rlef.records import Episode
 from rlef.rollout import Collection
 from rlef.sampling import OwnRollouts
+from rlef.telemetry import Telemetry
 from rlef.train import train_under_torchrun
 from rlef_sandbox import SandboxFault
 from tests.distributed import run_ranks
@@ -125,8 +126,22 @@ def as_three() -> dict[str, Any]:
             folder, "interleaved", *one, "parallel.pipeline=2", "parallel.virtual_pipeline=2"
         ),
         "context": play(folder, "context", *one, "parallel.context=2"),
-        "samplers": play(folder, "samplers", "parallel.processes=3", "parallel.sampling_processes=2"),
-    }
+    } | play_with_a_slow_sampler(folder)
+
+
+def play_with_a_slow_sampler(folder: Path) -> dict[str, Any]:
+    """A run of two samplers, the second of which says that it took a minute more, and what the run notes."""
+    collect, notes = OwnRollouts.collect, list[str]()
+
+    def slow(self: OwnRollouts, step: int) -> Collection:
+        own = collect(self, step)
+        return replace(own, sampling_s=own.sampling_s + 60) if os.environ["RANK"] == "2" else own
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OwnRollouts, "collect", slow)
+        patch.setattr(Telemetry, "note", lambda _, text: notes.append(text))
+        played = play(folder, "samplers", "parallel.processes=3", "parallel.sampling_processes=2")
+    return {"samplers": played, "notes": notes}
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +270,16 @@ def test_problems_that_are_begun_early_do_not_depend_on_outcomes_that_come_later
         assert [episode.problem_id for episode in episodes] == expected
         curriculum.record([episode.solved for episode in episodes])
     assert len(two[0]["skipping, stale"].steps) == STEPS
+
+
+@pytest.mark.multiprocess
+def test_a_sampler_that_is_slow_is_named_after_each_step(three: list[dict[str, Any]]) -> None:
+    slow = [note for note in three[0]["notes"] if "is slow" in note]
+    assert len(slow) == STEPS
+    for note in slow:
+        assert re.match(
+            rf"rank 2 on {re.escape(socket.gethostname())} is slow: sampling took it [67]\d\.", note
+        )
 
 
 @pytest.mark.multiprocess

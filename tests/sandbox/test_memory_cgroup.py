@@ -192,7 +192,7 @@ def test_thousands_of_runs_leave_no_charge(memory_cgroup):
         for _ in range(4):
             single.run_many(jobs)
 
-        assert use(folder) < before + 2 * MEBIBYTE
+        assert use(folder) < before + 4 * MEBIBYTE  # a page for each test would be twice that
 
 
 # ---- whose fault it is

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import json
 import multiprocessing
@@ -72,6 +73,7 @@ def in_child(action: Callable[[], None]) -> int:
     """Run `action` in a forked process and give its wait status."""
     child = os.fork()
     if child == 0:
+        gc.disable()  # garbage of other tests may belong to threads that this process has not
         status = 1
         try:
             action()

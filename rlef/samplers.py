@@ -65,7 +65,8 @@ def _check_engines(config: Config) -> None:
             f"vllm.tensor_parallel = {tensor}, the ranks of one sampler; "
             f"use {-(-parallel.sampling_processes // tensor) * tensor}"
         )
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.processes))
+    is_launched = "RANK" in os.environ  # else all processes will be this machine's
+    on_node = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched else parallel.processes
     for first in range(parallel.learners, parallel.processes, config.engine_ranks):
         last = first + config.engine_ranks - 1
         if first // on_node != last // on_node:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from rlef.config import Config, ConfigError, check_context
+from rlef.launch import processes_here
 from rlef_sandbox import SandboxFault
 
 if TYPE_CHECKING:  # what they import takes a second
@@ -114,8 +115,8 @@ def check_problems_and_executor(config: Config) -> dict[Part, list[Problem]]:
 
     loaded = problems.check(config)
     check_random_feedback(config, loaded["train"])
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.processes))
-    share_of_cores(config.executor, os.sched_getaffinity(0), processes=processes_here, index=0)
+    here = processes_here(config.parallel.processes)
+    share_of_cores(config.executor, os.sched_getaffinity(0), processes=here, index=0)
     try:
         open_executor(config.executor, workers=1).close()
     except (ValueError, SandboxFault) as error:

@@ -37,6 +37,11 @@ def launched_by_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def processes_here(processes: int) -> int:
+    """How many of a run's `processes` are this machine's: torchrun says so, or all are."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if launched_by_torchrun() else processes
+
+
 def require_restartable() -> None:
     """Under a torchrun that starts processes again, each attempt must have a store of its own.
 

@@ -262,9 +262,7 @@ class Cursor:
     problems: list[Problem]
     seed: int
     position: int = 0
-    hardness: Sequence[
-        float
-    ] = ()  # [problems] by which each round is sorted; those that are equal are shuffled
+    hardness: Sequence[float] = ()  # [problems] sorts each round; those that are equal are shuffled
     _order: tuple[int, list[int]] = (-1, [])  # of the round that was taken from last
 
     @property

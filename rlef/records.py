@@ -70,9 +70,7 @@ class Problem:
     flags: tuple[ProblemFlag, ...] = ()
     difficulty: str = ""  # in the source's own words
     rating: int | None = None
-    solve_rate: float | None = (
-        None  # of some model's dialogs about it, as `rlef problems select` has measured
-    )
+    solve_rate: float | None = None  # of a model's dialogs about it: `rlef problems select`
     dialect: FeedbackDialect = "code_contests"
     stub: str = ""  # what the code of every response begins with; prefilled, so the policy is not charged
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
 
 from rlef.config import Config, ConfigError, longest_dialog
+from rlef.launch import processes_here
 from rlef.ports import StreamingSampler
 from rlef.records import ModelShape
 from rlef.torch_sampler import TorchSampler
@@ -65,8 +65,7 @@ def _check_engines(config: Config) -> None:
             f"vllm.tensor_parallel = {tensor}, the ranks of one sampler; "
             f"use {-(-parallel.sampling_processes // tensor) * tensor}"
         )
-    is_launched = "RANK" in os.environ  # else all processes will be this machine's
-    on_node = int(os.environ["LOCAL_WORLD_SIZE"]) if is_launched else parallel.processes
+    on_node = processes_here(parallel.processes)
     for first in range(parallel.learners, parallel.processes, config.engine_ranks):
         last = first + config.engine_ranks - 1
         if first // on_node != last // on_node:

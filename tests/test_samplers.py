@@ -139,6 +139,7 @@ def test_the_ranks_of_one_engine_must_lie_on_one_node(
 ) -> None:
     """As torchrun says how many processes a node has, and where vLLM is installed."""
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(learners + 4))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_node))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     sizes = (f"parallel.processes={learners + 4}", "parallel.sampling_processes=4")

@@ -531,7 +531,8 @@ POISONING = (
     futile("leave an alarm", "import signal\nsignal.setitimer(signal.ITIMER_REAL, 0.05)\nsignal.setitimer(signal.ITIMER_PROF, 0.05)"),
     futile("leave a trace function", "import sys, threading\nsys.settrace(lambda *_: None)\nsys.setprofile(lambda *_: None)\nthreading.settrace(lambda *_: None)\nsys.addaudithook(lambda *_: None)"),
     futile("change the interpreter's limits", "import sys\nsys.setrecursionlimit(60)\nsys.setswitchinterval(10)\nsys.set_int_max_str_digits(640)\nsys.tracebacklimit = 0"),
-    futile("lower every limit", "import resource\nfor limit in reversed(range(16)):\n    try:\n        resource.setrlimit(limit, (0, 0))\n    except (OSError, ValueError): pass\nimport os\nos._exit(0)"),
+    # Of CPU time one second stays: with none, the kernel kills the program at its next tick, or at none before it ends.
+    futile("lower every limit", "import os, resource\nfor limit in reversed(range(16)):\n    lowest = int(limit == resource.RLIMIT_CPU)\n    try:\n        resource.setrlimit(limit, (lowest, lowest))\n    except (OSError, ValueError): pass\nos._exit(0)"),
     futile("change the environment", "import os\nos.environ['PYTHONHASHSEED'] = '1'\nos.environ.pop('LC_CTYPE', None)\nos.chdir(os.path.dirname(os.__file__))\nos.umask(0)"),
     futile("change the locale", "import locale, decimal, time, os\ndecimal.getcontext().prec = 2\nos.environ['TZ'] = 'Asia/Tokyo'\ntime.tzset()\nlocale.setlocale(locale.LC_ALL, 'C')"),
     futile("change the standard streams", "import io, sys\nsys.stdin = sys.__stdin__ = io.StringIO('poison')\nsys.stdout = sys.__stdout__ = io.StringIO()\nsys.displayhook = None"),

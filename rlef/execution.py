@@ -14,7 +14,8 @@ import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from threading import Lock
 
 from rlef.config import ConfigError, ExecutorConfig
@@ -106,24 +107,25 @@ class SparingExecutor(Executor):
         )
 
     def run_many(self, jobs: Sequence[Job]) -> list[list[Result]]:
-        keys = [self._cache.key_of(job) for job in jobs]
+        submissions = [Submission(job) for job in jobs]
+        keys = [self._cache.key_of(submission) for submission in submissions]
         found = [self._cache.recall(key) for key in keys]
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
         missing = [index for index, results in enumerate(found) if results is None]
         leaders = [index for index in missing if keys[index] is None or first[keys[index]] == index]
-        for index, results in zip(leaders, self._run_now([jobs[i] for i in leaders]), strict=True):
+        for index, results in zip(leaders, self._run_now([submissions[i] for i in leaders]), strict=True):
             found[index] = results
             self._cache.keep(keys[index], results)
         followers = [index for index in missing if found[index] is None]
         for index in followers:
             found[index] = self._cache.recall(keys[index])
         again = [index for index in followers if found[index] is None]  # what must not be shared
-        for index, results in zip(again, self._run_now([jobs[i] for i in again]), strict=True):
+        for index, results in zip(again, self._run_now([submissions[i] for i in again]), strict=True):
             found[index] = results
         return [results for results in found if results is not None]
 
     async def run_many_async(self, jobs: Sequence[Job]) -> list[list[Result]]:
-        tasks = [asyncio.ensure_future(self._run_one(job)) for job in jobs]
+        tasks = [asyncio.ensure_future(self._run_one(Submission(job))) for job in jobs]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -134,13 +136,14 @@ class SparingExecutor(Executor):
         recalled, recalled_s = self._cache.take_counts()
         return replace(super().take_tally(), recalled=recalled, recalled_s=recalled_s)
 
-    def _run_now(self, jobs: Sequence[Job]) -> list[list[Result]]:
-        orders = [self._order_of(job) for job in jobs]
-        ran = super().run_many([_ordered(job, order) for job, order in zip(jobs, orders, strict=True)])
-        return [self._learn(*each) for each in zip(jobs, orders, ran, strict=True)]
+    def _run_now(self, submissions: Sequence[Submission]) -> list[list[Result]]:
+        orders = [self._order_of(submission) for submission in submissions]
+        jobs = [_ordered(each.job, order) for each, order in zip(submissions, orders, strict=True)]
+        ran = super().run_many(jobs)
+        return [self._learn(*each) for each in zip(submissions, orders, ran, strict=True)]
 
-    async def _run_one(self, job: Job) -> list[Result]:
-        key = self._cache.key_of(job)
+    async def _run_one(self, submission: Submission) -> list[Result]:
+        key = self._cache.key_of(submission)
         place = (asyncio.get_running_loop(), key or b"")
         if key and (earlier := self._under_way.get(place)):
             await earlier.wait()
@@ -150,31 +153,42 @@ class SparingExecutor(Executor):
         if is_first:
             self._under_way[place] = asyncio.Event()
         try:
-            order = self._order_of(job)
-            (ran,) = await super().run_many_async([_ordered(job, order)])
-            results = self._learn(job, order, ran)
+            order = self._order_of(submission)
+            (ran,) = await super().run_many_async([_ordered(submission.job, order)])
+            results = self._learn(submission, order, ran)
             self._cache.keep(key, results)
         finally:
             if is_first:
                 self._under_way.pop(place).set()
         return results
 
-    def _order_of(self, job: Job) -> list[int]:
-        if self._orders is None or not job.stop_at_first_failure:
-            return list(range(len(job.tests)))
-        return self._orders.order_of(job)
+    def _order_of(self, submission: Submission) -> list[int]:
+        if self._orders is None or not submission.job.stop_at_first_failure:
+            return list(range(len(submission.job.tests)))
+        return self._orders.order_of(submission)
 
-    def _learn(self, job: Job, order: Sequence[int], ran: Sequence[Result]) -> list[Result]:
+    def _learn(self, submission: Submission, order: Sequence[int], ran: Sequence[Result]) -> list[Result]:
         """The results in the order of the job's tests."""
         results = [result for _, result in sorted(zip(order, ran, strict=True), key=lambda pair: pair[0])]
-        if self._orders is not None and job.stop_at_first_failure:
-            self._orders.learn(job, results)
+        if self._orders is not None and submission.job.stop_at_first_failure:
+            self._orders.learn(submission, results)
         return results
 
 
 def _ordered(job: Job, order: Sequence[int]) -> Job:
     tests = [job.tests[index] for index in order]
     return replace(job, tests=tests)  # type: ignore[arg-type]  # of one kind, as the job's are
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, and a key of its tests, which may be many megabytes: made once, when it is first asked for."""
+
+    job: Job
+
+    @cached_property
+    def tests_key(self) -> bytes:
+        return _digest([part for test in self.job.tests for part in (test.input, test.expected_output)])
 
 
 class LearnedOrders:
@@ -189,14 +203,15 @@ class LearnedOrders:
         self._counts: OrderedDict[bytes, array[float]] = OrderedDict()  # runs, failures, seconds of each test
         self._lock = Lock()
 
-    def order_of(self, job: Job) -> list[int]:
+    def order_of(self, submission: Submission) -> list[int]:
+        key = submission.tests_key
         with self._lock:
-            counts = self._counts.get(_tests_key(job), array("d"))
-            numbers = list(range(len(job.tests)))
+            counts = self._counts.get(key, array("d"))
+            numbers = list(range(len(submission.job.tests)))
             return sorted(numbers, key=lambda index: -_worth(counts, index)) if counts else numbers
 
-    def learn(self, job: Job, results: Sequence[Result]) -> None:
-        key = _tests_key(job)
+    def learn(self, submission: Submission, results: Sequence[Result]) -> None:
+        key = submission.tests_key
         with self._lock:
             if key not in self._counts:
                 self._counts[key] = array("d", bytes(24 * len(results)))
@@ -231,15 +246,16 @@ class ResultCache:
         self._recalled_s = 0.0
         self._lock = Lock()
 
-    def key_of(self, job: Job) -> bytes | None:
+    def key_of(self, submission: Submission) -> bytes | None:
         """None for what is not kept."""
+        job = submission.job
         is_python = isinstance(job.program, str) and not (
             isinstance(job.judge, Checker) and not isinstance(job.judge.program, str)
         )
         if not self._most_bytes or not is_python:
             return None
         settings = (job.program, job.function, job.limits, job.judge, job.stop_at_first_failure)
-        return _digest([repr(settings), _tests_key(job)])
+        return _digest([repr(settings), submission.tests_key])
 
     def recall(self, key: bytes | None) -> list[Result] | None:
         with self._lock:
@@ -274,10 +290,6 @@ class ResultCache:
 
 def _size(results: Sequence[Result]) -> int:
     return sum(RESULT_BYTES + 4 * (len(result.stdout) + len(result.stderr)) for result in results)
-
-
-def _tests_key(job: Job) -> bytes:
-    return _digest([part for test in job.tests for part in (test.input, test.expected_output)])
 
 
 def _digest(parts: Sequence[str | bytes]) -> bytes:

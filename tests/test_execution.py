@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlef.config import ConfigError, ExecutorConfig
-from rlef.execution import LearnedOrders, ResultCache, SparingExecutor, open_executor, share_of_cores
+from rlef.execution import (
+    LearnedOrders,
+    ResultCache,
+    SparingExecutor,
+    Submission,
+    open_executor,
+    share_of_cores,
+)
 from rlef_sandbox import Checker, Command, Executor, Job, Limits, Result, Test, Tokens, Verdict
 
 
@@ -132,14 +139,15 @@ def test_a_test_that_failed_before_is_run_first(sparing: SparingExecutor) -> Non
 
 
 def test_of_equal_failures_the_cheaper_test_comes_first() -> None:
-    job, orders = failing_on(set(), 2), LearnedOrders()
+    wrong, orders = Submission(failing_on(set(), 2)), LearnedOrders()
     dear = replace(result_of("wrong_output"), cpu_s=1.0)
-    orders.learn(job, [dear, result_of("wrong_output")])
-    assert orders.order_of(job) == [1, 0]
+    orders.learn(wrong, [dear, result_of("wrong_output")])
+    assert orders.order_of(wrong) == [1, 0]
 
 
 def test_orders_are_forgotten_where_there_are_too_many() -> None:
-    orders, old, new = LearnedOrders(most_tests=7), failing_on(set(), 5), failing_on(set(), 3)
+    orders = LearnedOrders(most_tests=7)
+    old, new = Submission(failing_on(set(), 5)), Submission(failing_on(set(), 3))
     orders.learn(old, failed(4))
     assert orders.order_of(old)[0] == 4
     orders.learn(new, failed(2, 3))
@@ -193,14 +201,37 @@ def test_what_the_wall_clock_ended_is_run_again(sparing: SparingExecutor) -> Non
 )
 def test_a_job_that_differs_in_anything_is_another(other: Job) -> None:
     cache = ResultCache(1 << 20)
-    assert cache.key_of(replace(ECHO)) == cache.key_of(ECHO)
-    assert cache.key_of(other) != cache.key_of(ECHO)
+    key = cache.key_of(Submission(ECHO))
+    assert cache.key_of(Submission(replace(ECHO))) == key
+    assert cache.key_of(Submission(other)) != key
+
+
+class Text(str):
+    """Counts how often it is read as bytes from Python."""
+
+    num_reads = 0
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        Text.num_reads += 1
+        return super().encode(encoding, errors)
+
+
+def test_tests_are_read_once_to_find_results_and_order_and_to_learn(sparing: SparingExecutor) -> None:
+    together, alone = (
+        Job(program, [Test(Text("1"), Text("1"))], stop_at_first_failure=True)
+        for program in ("print(1)", "print(2)")
+    )
+    Text.num_reads = 0
+    assert is_solved(sparing.run_many([together])[0])
+    assert Text.num_reads == 2
+    assert not is_solved(asyncio.run(sparing.run_many_async([alone]))[0])
+    assert Text.num_reads == 4
 
 
 def test_commands_are_not_kept_and_nothing_is_without_room() -> None:
     command = Job(Command(["/bin/cat"]), ECHO.tests)
-    assert ResultCache(1 << 20).key_of(command) is None
-    assert ResultCache(0).key_of(ECHO) is None
+    assert ResultCache(1 << 20).key_of(Submission(command)) is None
+    assert ResultCache(0).key_of(Submission(ECHO)) is None
 
 
 def test_the_results_that_were_used_least_lately_make_room() -> None:

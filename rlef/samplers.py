@@ -12,7 +12,7 @@ from rlef.launch import processes_here
 from rlef.ports import StreamingSampler
 from rlef.records import ModelShape
 from rlef.torch_sampler import TorchSampler
-from rlef.vllm_sampler import CPU_HEAD_SIZES, LEAST_TEMPERATURE, VllmSampler
+from rlef.vllm_sampler import CPU_HEAD_SIZES, LEAST_TEMPERATURE, VOCABULARY_PADDING, VllmSampler
 
 
 def check_sampler(config: Config, shape: ModelShape) -> None:
@@ -37,17 +37,35 @@ def _check_vllm(config: Config, shape: ModelShape) -> None:
             f"must be 0 or at least {LEAST_TEMPERATURE}"
         )
     tensor = config.vllm.tensor_parallel
-    if shape.num_attention_heads % tensor:
-        raise ConfigError(
-            f"vllm.tensor_parallel = {tensor} does not divide the model's {shape.num_attention_heads} "
-            "attention heads; use a number that does"
-        )
+    if refusal := uneven(shape, tensor):
+        fitting = " or ".join(str(number) for number in range(1, tensor) if not uneven(shape, number))
+        raise ConfigError(f"vllm.tensor_parallel = {tensor} {refusal}; use {fitting}")
     _check_engines(config)
     if not torch.cuda.is_available() and shape.head_dim not in CPU_HEAD_SIZES:
         raise ConfigError(
             f"model.path: head_dim is {shape.head_dim}, but vLLM's attention on CPUs knows only "
             f"{', '.join(map(str, CPU_HEAD_SIZES))}; use rollout.sampler=torch"
         )
+
+
+def uneven(shape: ModelShape, tensor: int) -> str:
+    """Why vLLM cannot cut the model over so many ranks; empty where it can.
+
+    Key-value heads that are fewer than the ranks are held by several of them. The vocabulary is padded.
+    """
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    if heads % tensor:
+        return f"does not divide the model's {heads} attention heads"
+    if groups % tensor and tensor % groups:
+        return f"is neither a divisor nor a multiple of the model's {groups} key-value heads"
+    if shape.intermediate_size % tensor:
+        return f"does not divide the model's {shape.intermediate_size} feed-forward channels"
+    padded = -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING
+    if padded % tensor:
+        return (
+            f"does not divide {padded}, to which vLLM pads the model's {shape.vocab_size} vocabulary entries"
+        )
+    return ""
 
 
 def _check_engines(config: Config) -> None:

@@ -28,6 +28,7 @@ from rlef.shards import stage_weights
 
 LEAST_TEMPERATURE = 0.01  # vLLM takes this for all that is lower, and not zero
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+VOCABULARY_PADDING = 64  # it makes of the vocabulary a multiple of this
 _CPU_BLOCK = 32  # tokens of the cache's unit; its attention on CPUs wants multiples of 32
 _CPU_STEP_TOKENS = 4096  # of prompts and responses in one forward pass
 _OUTPUT = "lm_head.weight"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
@@ -14,7 +17,8 @@ from click.testing import CliRunner, Result
 from rlef.cli import main
 from rlef.config import Config, ConfigError, load_config, longest_dialog
 from rlef.pretrain import SHAPE
-from rlef.samplers import build_sampler, check_sampler
+from rlef.records import ModelShape
+from rlef.samplers import build_sampler, check_sampler, uneven
 from rlef.torch_sampler import TorchSampler
 from tests.small_runs import ROOT, run_file
 
@@ -105,10 +109,6 @@ except ConfigError as error:
             r"evaluation\.temperature = 0\.001: with rollout\.sampler = 'vllm' it must be 0 or at least",
         ),
         (
-            ["vllm.tensor_parallel=3"],
-            r"vllm\.tensor_parallel = 3 does not divide the model's 4 attention heads",
-        ),
-        (
             ["vllm.tensor_parallel=2", "parallel.processes=2"],
             r"vllm\.tensor_parallel = 2, but parallel\.processes = 2: .*: parallel\.sampling_processes=2$",
         ),
@@ -123,6 +123,79 @@ def test_settings_that_vllm_cannot_run_with_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_sampler(with_vllm(tmp_path, *overrides), SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "tensor", "message"),
+    [
+        (4, 2, 3, "3 does not divide the model's 4 attention heads; use 1 or 2"),
+        (12, 4, 6, "6 is neither a divisor nor a multiple of the model's 4 key-value heads; use 1 or 2 or 4"),
+        (20, 5, 5, "5 does not divide the model's 512 feed-forward channels; use 1"),
+        (8, 2, 8, ""),
+    ],
+)
+def test_a_model_that_vllm_cannot_cut_over_the_ranks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: int, groups: int, tensor: int, message: str
+) -> None:
+    """Where it is installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    shape = replace(SHAPE, num_attention_heads=heads, num_key_value_heads=groups)
+    config = with_vllm(tmp_path, f"vllm.tensor_parallel={tensor}")
+    told = rf"vllm\.tensor_parallel = {message}$"
+    with pytest.raises(ConfigError, match=told) if message else contextlib.nullcontext():
+        check_sampler(config, shape)
+
+
+def test_of_the_vocabulary_the_padded_size_must_be_cut() -> None:
+    """100 entries become 128, and 190 become 192."""
+    shape = replace(SHAPE, num_attention_heads=30, num_key_value_heads=1, intermediate_size=30)
+    assert uneven(replace(shape, vocab_size=190), 3) == ""
+    assert uneven(replace(shape, vocab_size=100), 2) == ""
+    assert (
+        uneven(replace(shape, vocab_size=100), 5)
+        == "does not divide 128, to which vLLM pads the model's 100 vocabulary entries"
+    )
+
+
+@pytest.mark.vllm
+def test_what_is_refused_is_what_vllms_own_layers_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.layers.linear import (
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
+    )
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    def is_refused(shape: ModelShape, tensor: int) -> bool:
+        """By the layers of the first of so many ranks."""
+        monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=tensor, rank_in_group=0))
+        try:
+            QKVParallelLinear(8, 2, shape.num_attention_heads, shape.num_key_value_heads, bias=False)
+            MergedColumnParallelLinear(8, [shape.intermediate_size] * 2, bias=False)
+            RowParallelLinear(shape.intermediate_size, 8, bias=False)
+            VocabParallelEmbedding(shape.vocab_size, 8)
+        except AssertionError:
+            return True
+        return False
+
+    sizes = itertools.product((4, 12, 24), (1, 2, 4), (96, 100), (96, 190, 200))
+    shapes = [
+        replace(
+            SHAPE,
+            num_attention_heads=heads,
+            num_key_value_heads=groups,
+            intermediate_size=channels,
+            vocab_size=entries,
+        )
+        for heads, groups, channels, entries in sizes
+    ]
+    cases = list(itertools.product(shapes, (1, 2, 3, 4, 5, 6, 8, 12, 24)))
+    with set_current_vllm_config(VllmConfig()):
+        refused = [is_refused(shape, tensor) for shape, tensor in cases]
+    assert {*refused} == {True, False}
+    assert [bool(uneven(shape, tensor)) for shape, tensor in cases] == refused
 
 
 @pytest.mark.parametrize(

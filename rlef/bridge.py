@@ -62,6 +62,12 @@ class _Bridge:
             return dist.ProcessGroupNCCL(store, rank, size, timeout)  # type: ignore[arg-type]  # an overload
         return dist.ProcessGroupGloo(store, rank, size, timeout)
 
+    def _send(self, what: object, to: int) -> None:
+        send_object(what, lambda data: self._replies.send([data], to, 0))
+
+    def _receive(self, source: int) -> Any:
+        return receive_object(lambda data: self._replies.recv([data], source, 0))
+
     def _wait_for_rank_0(self, field: str) -> None:
         """Until it has come to the present order."""
         self._words.wait(
@@ -105,7 +111,7 @@ class LearnersEnd(_Bridge):
         self._wait_until_ready(self._config.rollout.timeout_s, "rollout.timeout_s")
         replies: list[Any] = [None]
         if self.is_first:
-            replies = [[_receive(self._replies, 1 + index) for index in range(len(self._job.leaders))]]
+            replies = [[self._receive(1 + index) for index in range(len(self._job.leaders))]]
         if self._job.learners > 1:
             dist.broadcast_object_list(replies, src=0)
         answered: list[Any] = replies[0]
@@ -117,7 +123,7 @@ class LearnersEnd(_Bridge):
         self._wait_until_ready()
         if self.is_first and what is not None:
             for index in range(len(self._job.leaders)):
-                _send(self._replies, what, 1 + index)
+                self._send(what, 1 + index)
 
     def samplers_want_to_stop(self) -> bool:
         """As far as this process knows."""
@@ -192,12 +198,12 @@ class SamplersEnd(_Bridge):
     def reply(self, what: object) -> None:
         """The answer to the present order, for `LearnersEnd.ask`."""
         self.ready()
-        _send(self._replies, what, 0)
+        self._send(what, 0)
 
     def take(self) -> Any:
         """What the present order hands out."""
         self.ready()
-        return _receive(self._replies, 0)
+        return self._receive(0)
 
     def weights(self, dtype: str, *, bucket_elements: int = BUCKET_ELEMENTS) -> Iterator[tuple[str, Tensor]]:
         """The whole weights under Hugging Face names, as they arrive. To be read to the end."""
@@ -216,16 +222,17 @@ class SamplersEnd(_Bridge):
         self._words.say(done=self._number)
 
 
-def _send(group: Any, what: object, to: int) -> None:
-    """Pickled, as torch.distributed sends objects: both ends are of this job."""
+def send_object(what: object, send: Callable[[Tensor], Any]) -> None:
+    """Pickled, as torch.distributed sends objects: its size and its bytes, each by one `send`."""
     data = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8)
-    group.send([torch.tensor([data.numel()])], to, 0).wait()
-    group.send([data], to, 0).wait()
+    send(torch.tensor([data.numel()])).wait()
+    send(data).wait()
 
 
-def _receive(group: Any, source: int) -> Any:
+def receive_object(receive: Callable[[Tensor], Any]) -> Any:
+    """What `send_object` sends at the other end. It is of this job: unpickling runs what it says."""
     size = torch.empty(1, dtype=torch.int64)
-    group.recv([size], source, 0).wait()
+    receive(size).wait()
     data = torch.empty(int(size), dtype=torch.uint8)
-    group.recv([data], source, 0).wait()
-    return pickle.loads(data.numpy().tobytes())  # noqa: S301  as in _send
+    receive(data).wait()
+    return pickle.loads(data.numpy().tobytes())  # noqa: S301

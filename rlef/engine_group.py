@@ -7,7 +7,6 @@ the same seeds. The leader has the episodes. It tells each call to its followers
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from threading import Lock
 from typing import Any
 from zlib import crc32
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlef.bridge import Order, SamplersEnd
+from rlef.bridge import Order, SamplersEnd, receive_object, send_object
 from rlef.config import Config
 from rlef.faults import CONTINUES, RunFault, lost_another
 from rlef.job import Job, within
@@ -59,11 +57,9 @@ class Calls:
         Raises:
             RunFault: what ended a follower.
         """
-        data = pickle.dumps(Call(name=name, arguments=arguments, given=given))
-        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        call = Call(name=name, arguments=arguments, given=given)
         with self._lock, self.naming_the_lost():
-            self._group.broadcast(torch.tensor([flat.numel()]), 0).wait()
-            self._group.broadcast(flat, 0).wait()
+            send_object(call, lambda data: self._group.broadcast(data, 0))
 
     def receive(self) -> Call:
         """The leader's next call.
@@ -72,11 +68,7 @@ class Calls:
             RunFault: what ended the leader.
         """
         with self.naming_the_lost():
-            size = torch.empty(1, dtype=torch.int64)
-            self._group.broadcast(size, 0).wait()
-            flat = torch.empty(int(size), dtype=torch.uint8)
-            self._group.broadcast(flat, 0).wait()
-        call: Call = pickle.loads(flat.numpy().tobytes())  # noqa: S301  both ends are of this job
+            call: Call = receive_object(lambda data: self._group.broadcast(data, 0))
         return call
 
     def close(self) -> None:

@@ -288,7 +288,8 @@ def doctor(config_file: Path, overrides: tuple[str, ...], as_json: bool) -> None
 
     Status 0 if a run can start, 1 if something must be mended first. Run it on each kind of machine.
     """
-    from rlef.doctor import Level, diagnose
+    from rlef.doctor import diagnose
+    from rlef.findings import Level
 
     config = load_config(config_file, overrides)
     worst = Level.GOOD

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from bench.learning import RUNS
 from rlef.cli import main
 from rlef.config import Config, load_config, longest_dialog
-from rlef.doctor import checkpoint_bytes
+from rlef.doctor_storage import checkpoint_bytes
 from rlef.families import read_shape
 from rlef.plan import Candidate, Plan, make_plan, trainer_with
 from rlef.plan_cluster import GPUS, Assumptions, Cluster

@@ -16,10 +16,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from rlef import doctor
 from rlef.cli import main
 from rlef.config import Config, ConfigError, load_config
-from rlef.doctor import Finding, Level
+from rlef.doctor_machine import layout, limits, packages, processor
+from rlef.doctor_network import collectives, host_name, interfaces
+from rlef.doctor_sandbox import sandbox
+from rlef.doctor_storage import checkpoint_bytes, disk, file_system, memory, shared_folder
+from rlef.findings import Finding, Level
 from rlef.run_folder import only_one_run
 from rlef_sandbox import NAMESPACES
 from tests.sandbox.machines import LIKE_DOCKER, python
@@ -61,7 +64,7 @@ def test_text_puts_the_mend_below_what_is_amiss_and_the_status_is_1(tmp_path: Pa
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault() -> None:
-    found = only(list(doctor.disk(config(Path("/proc/runs")))))
+    found = only(list(disk(config(Path("/proc/runs")))))
     assert found.level is Level.FAULT
     assert "run.output_dir = /proc/runs" in found.found
 
@@ -71,27 +74,27 @@ def test_a_checkpoint_is_counted_as_weights_and_two_moments_of_two_networks(tmp_
 
     _, weights = read_pretrained(model_folder("embedded"))
     policy = sum(tensor.numel() for tensor in weights.values())
-    counted = doctor.checkpoint_bytes(config(tmp_path))
+    counted = checkpoint_bytes(config(tmp_path))
     assert 2 * 12 * policy * 0.8 < counted <= 2 * 12 * policy  # the value head is smaller than the other
     alone = config(tmp_path, "ppo.method=sft", "ppo.value_warmup_steps=0")
-    assert doctor.checkpoint_bytes(alone) == 12 * policy
+    assert checkpoint_bytes(alone) == 12 * policy
 
 
 def test_more_threads_than_cores_are_a_warning(tmp_path: Path) -> None:
-    found = only(list(doctor.processor(config(tmp_path, "parallel.threads_per_process=1000"))))
+    found = only(list(processor(config(tmp_path, "parallel.threads_per_process=1000"))))
     assert found.level is Level.WARNING
     assert "= 2000" in found.found
 
 
 def test_programs_that_may_want_more_memory_than_there_is_are_a_warning(tmp_path: Path) -> None:
-    found = only(list(doctor.memory(config(tmp_path, f"executor.default_memory_limit_bytes={1 << 50}"))))
+    found = only(list(memory(config(tmp_path, f"executor.default_memory_limit_bytes={1 << 50}"))))
     assert found.level is Level.WARNING
     assert "executor.workers" in found.mend
 
 
 def test_the_copy_that_a_thread_saves_is_counted_where_there_is_one(tmp_path: Path) -> None:
     with_copy, without = (
-        only(list(doctor.memory(config(tmp_path, f"checkpoint.asynchronous={value}")))).found
+        only(list(memory(config(tmp_path, f"checkpoint.asynchronous={value}")))).found
         for value in ("true", "false")
     )
     assert "the copy of a checkpoint" in with_copy
@@ -104,7 +107,7 @@ def test_a_package_that_is_too_old_is_named_with_what_it_should_be(
 ) -> None:
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda asked: "0.1" if asked == name else real(asked))
-    (found,) = [each for each in doctor.packages() if each.level is not Level.GOOD]
+    (found,) = [each for each in packages() if each.level is not Level.GOOD]
     assert (found.level, found.subject) == (level, name)
     assert found.found.startswith("0.1 is not ")
 
@@ -120,7 +123,7 @@ def test_a_package_that_training_needs_and_that_is_not_there_is_a_fault(
         return real(asked)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    found = only([each for each in doctor.packages() if each.level is Level.FAULT])
+    found = only([each for each in packages() if each.level is Level.FAULT])
     assert (found.subject, found.mend) == ("tokenizers", "pip install 'rlef[train]'")
 
 
@@ -130,7 +133,7 @@ def test_processes_that_cannot_meet_are_a_fault_and_threads_stay_as_they_were(
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    found = only(list(doctor.collectives()))
+    found = only(list(collectives()))
     assert (found.level, found.subject) == (Level.FAULT, "gloo")
     assert "GLOO_SOCKET_IFNAME" in found.mend
     assert os.environ["OMP_NUM_THREADS"] == "7"
@@ -140,15 +143,15 @@ def test_a_folder_of_one_machine_is_a_warning_for_a_run_on_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    (found,) = [each for each in doctor.shared_folder(config(tmp_path, "parallel.processes=16")) if each.mend]
+    (found,) = [each for each in shared_folder(config(tmp_path, "parallel.processes=16")) if each.mend]
     assert (found.level, found.subject) == (Level.WARNING, "shared folder")
-    assert f"is on {doctor.file_system(tmp_path)}, a file system of this machine alone" in found.found
-    assert [each.mend for each in doctor.shared_folder(config(tmp_path, "parallel.processes=8"))] == ["", ""]
+    assert f"is on {file_system(tmp_path)}, a file system of this machine alone" in found.found
+    assert [each.mend for each in shared_folder(config(tmp_path, "parallel.processes=8"))] == ["", ""]
 
 
 def test_a_file_system_is_that_of_the_innermost_mount() -> None:
-    assert doctor.file_system(Path("/proc/self")) == "proc"
-    assert doctor.file_system(Path("/")) != "proc"
+    assert file_system(Path("/proc/self")) == "proc"
+    assert file_system(Path("/")) != "proc"
 
 
 def test_a_clock_that_is_not_the_folders_is_a_warning(
@@ -156,7 +159,7 @@ def test_a_clock_that_is_not_the_folders_is_a_warning(
 ) -> None:
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 100)
-    (found,) = [each for each in doctor.shared_folder(config(tmp_path)) if each.subject == "clock"]
+    (found,) = [each for each in shared_folder(config(tmp_path)) if each.subject == "clock"]
     assert found.level is Level.WARNING
     assert "differs by 100 s" in found.found
 
@@ -168,20 +171,20 @@ def test_a_folder_without_locks_is_a_fault_and_no_run_starts_in_it(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    found = only(list(doctor.shared_folder(config(tmp_path))))
+    found = only(list(shared_folder(config(tmp_path))))
     assert (found.level, found.subject) == (Level.FAULT, "locks")
     with pytest.raises(ConfigError, match="cannot lock files"), only_one_run(config(tmp_path)):
         raise AssertionError("the run must not begin")
 
 
 def test_memory_that_may_not_be_locked_is_a_warning_beside_infiniband(tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, limits[1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 16, hard))
     try:
-        found = list(doctor.limits(infiniband=tmp_path))
-        without = list(doctor.limits(infiniband=tmp_path / "none"))
+        found = list(limits(infiniband=tmp_path))
+        without = list(limits(infiniband=tmp_path / "none"))
     finally:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, limits)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
     assert (found[0].level, found[0].subject) == (Level.WARNING, "locked memory")
     assert found[0].found == "64.0 KiB at most, and this machine has InfiniBand"
     assert "locked memory" not in {each.subject for each in without}
@@ -205,7 +208,7 @@ def test_an_interface_that_the_environment_chooses_must_be_up(
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, chosen)
-    found = only(list(doctor.interfaces()))
+    found = only(list(interfaces()))
     assert (found.level, found.subject) == (level, variable)
     assert level is Level.GOOD or "lo" in found.mend
 
@@ -215,10 +218,10 @@ def test_a_name_that_other_nodes_cannot_reach_is_a_warning_where_there_are_other
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    found = only(list(doctor.host_name(config(tmp_path, "parallel.processes=16"))))
+    found = only(list(host_name(config(tmp_path, "parallel.processes=16"))))
     assert found.level is Level.WARNING
     assert "--local-addr" in found.mend
-    assert only(list(doctor.host_name(config(tmp_path, "parallel.processes=8")))).level is Level.GOOD
+    assert only(list(host_name(config(tmp_path, "parallel.processes=8")))).level is Level.GOOD
 
 
 @pytest.mark.parametrize(
@@ -231,14 +234,14 @@ def test_processes_must_divide_over_the_gpus_and_a_matrix_stays_on_a_node(
     """As on a node of 8 GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     settings = (f"parallel.processes={processes}", f"parallel.tensor={tensor}")
-    assert [each.subject for each in doctor.layout(config(tmp_path, *settings))] == subjects
+    assert [each.subject for each in layout(config(tmp_path, *settings))] == subjects
 
 
 LIST_SANDBOX = """
 from pathlib import Path
-from rlef import doctor
 from rlef.config import load_config
-for each in doctor.sandbox(load_config(Path({path!r}), {overrides!r})):
+from rlef.doctor_sandbox import sandbox
+for each in sandbox(load_config(Path({path!r}), {overrides!r})):
     print(each.level, each.subject, each.mend, sep="|")
 """
 
@@ -263,5 +266,5 @@ def test_layers_that_may_be_missing_are_warnings_and_a_program_is_tried() -> Non
 
 
 def test_a_program_runs_in_the_sandbox_of_this_machine(tmp_path: Path) -> None:
-    found = list(doctor.sandbox(config(tmp_path)))
+    found = list(sandbox(config(tmp_path)))
     assert (found[-1].level, found[-1].subject) == (Level.GOOD, "a program")

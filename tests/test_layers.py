@@ -26,6 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "execution",
             "families",
             "faults",
+            "findings",
             "losses",
             "moments",
             "packing",
@@ -68,6 +69,10 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "bridge",
+            "doctor_machine",
+            "doctor_network",
+            "doctor_sandbox",
+            "doctor_storage",
             "learner",
             "megatron_policy",
             "plan_time",

@@ -121,6 +121,20 @@ def read_lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
+NO_LEARNED_ORDER = "executor.learn_order=false"  # which measures tests, so that no two runs run as many
+
+
+def untimed(run: Path) -> list[dict[str, float]]:
+    """A run's metrics, without those that say how long something took. To be equal they want
+    `NO_LEARNED_ORDER`."""
+
+    def is_time(name: str) -> bool:
+        return name.startswith(("seconds", "slowest_rank", "executor/")) or name.endswith("_per_s")
+
+    lines = read_lines(run / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
+
+
 class Command:
     """A command in a session of its own, as a terminal starts it."""
 

@@ -15,8 +15,8 @@ from rlef.config import Config, ParallelConfig, RolloutConfig, VllmConfig
 from tests import engine_examples
 from tests.distributed import common_folder, run_ranks
 from tests.engine_examples import ONE_ENGINE, RankOfEngine
-from tests.small_runs import Command, nothing_left_behind
-from tests.test_sampling import Played, content, play, untimed
+from tests.small_runs import Command, nothing_left_behind, untimed
+from tests.test_sampling import Played, content, play
 
 pytestmark = pytest.mark.multiprocess
 

@@ -28,7 +28,15 @@ from rlef.telemetry import Telemetry
 from rlef.train import train_under_torchrun
 from rlef_sandbox import SandboxFault
 from tests.distributed import run_ranks
-from tests.small_runs import Command, nothing_left_behind, read_lines, run_file, small_config
+from tests.small_runs import (
+    NO_LEARNED_ORDER,
+    Command,
+    nothing_left_behind,
+    read_lines,
+    run_file,
+    small_config,
+    untimed,
+)
 
 STEPS = 3
 ONE_SAMPLER = ("parallel.processes=2", "parallel.sampling_processes=1")
@@ -54,7 +62,7 @@ def play(folder: Path, name: str, *settings: str, resume: str = "never") -> Play
 
     own = folder / f"rank-{os.environ.get('RANK', '0')}"  # each process writes its run file
     own.mkdir(exist_ok=True)
-    shared = (f"run.output_dir={folder}", f"run.name={name}", f"run.steps={STEPS}")
+    shared = (f"run.output_dir={folder}", f"run.name={name}", f"run.steps={STEPS}", NO_LEARNED_ORDER)
     config = small_config(own, *shared, *settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "step", remember)
@@ -180,18 +188,6 @@ def content(step: Sequence[Episode]) -> list[tuple[Any, ...]]:
         )
         for each in step
     ]
-
-
-def untimed(run: Path) -> list[dict[str, float]]:
-    def is_time(name: str) -> bool:
-        return (
-            name == "tests_run"
-            or name.startswith(("seconds", "slowest_rank", "executor/"))
-            or name.endswith("_per_s")
-        )
-
-    lines = read_lines(run / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
 
 
 @pytest.mark.multiprocess

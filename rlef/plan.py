@@ -53,17 +53,7 @@ TRAINER = Abilities(
     split_sampler=False,
     split_colocated_sampler=False,
 )
-EVERYTHING = Abilities(
-    bf16=True,
-    distributed_optimizer=True,
-    sequence_parallel=True,
-    recompute=True,
-    interleaved=True,
-    disaggregated=True,
-    paged_sampler=True,
-    split_sampler=True,
-    split_colocated_sampler=True,
-)
+EVERYTHING = replace(TRAINER, paged_sampler=True, split_sampler=True, split_colocated_sampler=True)
 
 
 def trainer_with(rollout: RolloutConfig) -> Abilities:

@@ -4,7 +4,7 @@ evaluation plays dialogs, whatever samples them."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -72,6 +72,25 @@ class Response:
     logprobs: list[float]  # [response tokens] after temperature and top-p
     finish_reason: str  # "stop", "length" or UNFINISHED
     versions: list[int]  # [response tokens] of the weights that sampled each
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """A response under way, in the sampler's hands."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    finish_reason: str = UNFINISHED
+
+    def response(self) -> Response:
+        return Response(
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            versions=self.versions,
+            finish_reason=self.finish_reason,
+        )
 
 
 class Sampler(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from rlef.ports import UNFINISHED, Request, Response, SamplingParams
+from rlef.ports import UNFINISHED, Draft, Request, Response, SamplingParams
 from rlef.records import ModelShape
 from rlef.torch_model import rotary_tables, rotate
 
@@ -63,25 +63,6 @@ def sampling_logprobs(logits: Tensor, *, temperature: float, top_p: float) -> Te
     return logprobs.masked_fill(~kept, -torch.inf).log_softmax(-1)
 
 
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One response under way in one row of the cache."""
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    finish_reason: str = UNFINISHED
-
-    def response(self) -> Response:
-        return Response(
-            token_ids=self.token_ids,
-            logprobs=self.logprobs,
-            versions=self.versions,
-            finish_reason=self.finish_reason,
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class _LayerWeights:
     input_norm: Tensor  # [hidden]
@@ -117,8 +98,8 @@ class TorchSampler:
         self._slots = slots
         self._context = context or shape.max_position_embeddings
         self._version = -1
-        self._waiting: deque[_Row] = deque()
-        self._active: list[_Row] = []
+        self._waiting: deque[Draft] = deque()
+        self._active: list[Draft] = []  # in the order of the cache's rows
         self._streams: set[int] = set()  # of what waits or is active
         self._params: SamplingParams | None = None  # of what is under way
         cache_shape = (slots, shape.num_key_value_heads, _in_granules(self._context), shape.head_dim)
@@ -180,10 +161,8 @@ class TorchSampler:
         self._version = -1
         missing, fault = dict(self._places), ""
         for name, tensor in named_weights:  # to the end, whatever is wrong: other ranks take part in it
-            if (
-                name == _OUTPUT and self._shape.tie_word_embeddings
-            ):  # some checkpoints hold the embedding twice
-                continue
+            if name == _OUTPUT and self._shape.tie_word_embeddings:
+                continue  # some checkpoints hold the embedding twice
             place = missing.pop(name, None)
             if place is not None and place.shape == tensor.shape:
                 place.copy_(tensor.detach())
@@ -221,7 +200,7 @@ class TorchSampler:
             raise ValueError(f"{params} differ from the {self._params} under way; wait until those are done")
         self._params = params
         self._streams.add(request.stream)
-        self._waiting.append(_Row(request))
+        self._waiting.append(Draft(request))
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Response]]:
@@ -259,7 +238,7 @@ class TorchSampler:
                 "with room for a response; lower rollout.max_prompt_tokens, max_feedback_tokens or turns"
             )
 
-    def _prefill(self, rows: list[_Row], *, first_row: int) -> Tensor:
+    def _prefill(self, rows: list[Draft], *, first_row: int) -> Tensor:
         """Fill the cache with the prompts; logits of each prompt's last token, `[rows, vocab]`."""
         lengths = torch.tensor([len(row.request.token_ids) for row in rows])
         longest = int(lengths.max())
@@ -271,7 +250,7 @@ class TorchSampler:
         last = (lengths - 1).to(self._device)
         return self._logits(hidden[torch.arange(len(rows), device=self._device), last])
 
-    def _decode(self, rows: list[_Row]) -> Tensor:
+    def _decode(self, rows: list[Draft]) -> Tensor:
         """One more token for every active row; logits `[rows, vocab]`."""
         token_ids = torch.tensor([[row.token_ids[-1]] for row in rows])
         positions = torch.tensor([[len(row.request.token_ids) + len(row.token_ids) - 1] for row in rows])
@@ -285,10 +264,8 @@ class TorchSampler:
         shape = self._shape
         rows, length = token_ids.shape
         heads, groups, head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-        cosine, sine = (
-            self._cosine[positions][:, None],
-            self._sine[positions][:, None],
-        )  # [rows, 1, length, head_dim]
+        cosine = self._cosine[positions][:, None]  # [rows, 1, length, head_dim]
+        sine = self._sine[positions][:, None]
         reach = torch.arange(attended, device=self._device)
         visible = reach <= positions[:, None, :, None]  # [rows, 1, length, attended]
         target = positions[:, None, :, None].expand(rows, groups, length, head_dim)
@@ -331,11 +308,10 @@ class TorchSampler:
         normed = functional.rms_norm(hidden, (shape.hidden_size,), self._final_norm, shape.rms_norm_eps)
         return functional.linear(normed, self._output).float()
 
-    def _choose(self, rows: list[_Row], logits: Tensor, params: SamplingParams) -> None:
-        """Append one sampled token to every row, by inverse of the cumulative distribution."""
-        logprobs = sampling_logprobs(
-            logits, temperature=params.temperature, top_p=params.top_p
-        )  # [rows, vocab]
+    def _choose(self, rows: list[Draft], logits: Tensor, params: SamplingParams) -> None:
+        """Append one token, sampled from `logits` `[rows, vocab]`, to every row: by inverse of the cumulative
+        distribution."""
+        logprobs = sampling_logprobs(logits, temperature=params.temperature, top_p=params.top_p)
         positions = [len(row.request.token_ids) + len(row.token_ids) for row in rows]
         draws = uniforms(
             params.seed,
@@ -362,7 +338,7 @@ class TorchSampler:
             ):
                 row.finish_reason = "length"
 
-    def _retire(self, active: list[_Row]) -> list[_Row]:
+    def _retire(self, active: list[Draft]) -> list[Draft]:
         """Take finished rows out of `active`, and keep the cache's used rows together at the front."""
         retired = [row for row in active if row.finish_reason != UNFINISHED]
         for row in retired:

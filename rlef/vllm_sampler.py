@@ -13,7 +13,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlef.config import ConfigError, VllmConfig
-from rlef.ports import UNFINISHED, Request, Response, SamplingParams
+from rlef.ports import UNFINISHED, Draft, Request, Response, SamplingParams
 from rlef.records import ModelShape
 from rlef.shards import stage_weights
 
@@ -42,25 +41,6 @@ _CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the executor and other ranks share the cores
     "TORCH_COMPILE_DISABLE": "1",  # compiling for a CPU takes longer than a small run
 }
-
-
-@dataclass(slots=True, eq=False)
-class _Draft:
-    """One response under way."""
-
-    stream: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    finish_reason: str = UNFINISHED
-
-    def response(self) -> Response:
-        return Response(
-            token_ids=self.token_ids,
-            logprobs=self.logprobs,
-            versions=self.versions,
-            finish_reason=self.finish_reason,
-        )
 
 
 class VllmSampler:
@@ -93,7 +73,7 @@ class VllmSampler:
         self._version = -1
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self._has_workers = settings.tensor_parallel > 1 and ranks != settings.tensor_parallel
-        self._drafts: dict[str, _Draft] = {}  # under way, by vLLM's name for the request
+        self._drafts: dict[str, Draft] = {}  # under way, by vLLM's name for the request
         self._request_ids = map(str, itertools.count())
         self.cached_prompt_tokens = 0  # of all prompts so far: those whose keys and values were in the cache
         on_gpu = torch.cuda.is_available()
@@ -179,7 +159,7 @@ class VllmSampler:
                 output_kind=RequestOutputKind.DELTA,  # an aborted response keeps what it has
             ),
         )
-        self._drafts[request_id] = _Draft(request.stream)
+        self._drafts[request_id] = Draft(request)
 
     def step(self) -> list[tuple[int, Response]]:
         if not self._drafts:
@@ -191,12 +171,12 @@ class VllmSampler:
             self._extend(draft, output)
             if draft.finish_reason != UNFINISHED:
                 del self._drafts[output.request_id]
-                finished.append((draft.stream, draft.response()))
+                finished.append((draft.request.stream, draft.response()))
         return finished
 
     def abort(self) -> list[tuple[int, Response]]:
         self._engine.abort_request(list(self._drafts))
-        begun = [(draft.stream, draft.response()) for draft in self._drafts.values()]
+        begun = [(draft.request.stream, draft.response()) for draft in self._drafts.values()]
         self._drafts.clear()
         return begun
 
@@ -247,10 +227,10 @@ class VllmSampler:
                 "tokens with room for a response; "
                 "lower rollout.max_prompt_tokens, max_feedback_tokens or turns"
             )
-        if any(draft.stream == request.stream for draft in self._drafts.values()):
+        if any(draft.request.stream == request.stream for draft in self._drafts.values()):
             raise ValueError(f"stream {request.stream} is under way already; give each request its own")
 
-    def _extend(self, draft: _Draft, output: Any) -> None:
+    def _extend(self, draft: Draft, output: Any) -> None:
         if not draft.token_ids:
             self.cached_prompt_tokens += output.num_cached_tokens or 0
         (completion,) = output.outputs
@@ -326,9 +306,7 @@ def _cache_bytes(shape: ModelShape, settings: VllmConfig, *, context: int, dialo
         ConfigError: the share is too small for one.
     """
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    heads = max(
-        1, shape.num_key_value_heads // settings.tensor_parallel
-    )  # if they are fewer, ranks share one
+    heads = max(1, shape.num_key_value_heads // settings.tensor_parallel)  # fewer are shared by ranks
     numbers = 2 * shape.num_hidden_layers * heads * shape.head_dim
     block = _CPU_BLOCK * numbers * dtype.itemsize
     blocks = -(-context // _CPU_BLOCK)  # of a dialog; vLLM keeps one more for itself

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from rlef.config import OptimizerConfig, PPOConfig
 from rlef.losses import policy_loss, value_loss
 from rlef.packing import pack
-from rlef.ports import LossFunction
+from rlef.ports import LossFunction, ParallelState
 from rlef.records import Batch, ModelShape, RopeScaling
 from rlef.torch_model import LlamaModel
 from rlef.torch_policy import TorchNetwork
@@ -42,6 +42,19 @@ QWEN3 = replace(UNTIED, model_type="qwen3", rope_scaling=SCALING)
 # With so large an epsilon AdamW moves a weight by about its gradient, so that weights compare as gradients
 # do, to rounding. With a small one it moves by the sign of what may be rounding alone.
 SMOOTH = OptimizerConfig(lr=1.0, value_lr=1.0, eps=1.0, warmup_updates=2, clip_grad=0.5)
+
+ALONE = ParallelState(
+    device=torch.device("cpu"),
+    rank=0,
+    world_size=1,
+    data_parallel_rank=0,
+    data_parallel_size=1,
+    data_parallel_group=None,
+    tensor_parallel_group=None,
+    tensor_parallel_rank=0,
+    pipeline_rank=0,
+    copy_rank=0,
+)
 
 
 def random_weights(shape: ModelShape, *, seed: int = 0) -> dict[str, Tensor]:

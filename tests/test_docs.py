@@ -15,7 +15,6 @@ from typing import Any
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
@@ -40,7 +39,7 @@ from rlef.config import (
 )
 from rlef.evaluate import episode_metrics, evaluate, run_summary, summarise
 from rlef.learner import Learner
-from rlef.ports import Networks, ParallelState, SamplingParams
+from rlef.ports import Networks, SamplingParams
 from rlef.problems import ProblemRow, read_jsonl, write_jsonl
 from rlef.prompts import FailedTest
 from rlef.records import Episode, ModelShape, Problem, StepStats
@@ -48,6 +47,7 @@ from rlef.telemetry import BETWEEN_STEPS, METRICS_FILE, Telemetry, read_metrics
 from rlef.torch_model import LlamaModel
 from rlef.torch_policy import TorchNetwork
 from rlef_sandbox import Executor, Layer, Test
+from tests.megatron_examples import ALONE
 from tests.ppo_examples import VOCAB, episode
 
 ROOT = Path(__file__).parents[1]
@@ -357,18 +357,7 @@ def learned(episodes: Sequence[Episode]) -> dict[str, float]:
         policy=TorchNetwork(LlamaModel(shape), optimizer=OptimizerConfig()),
         reference=TorchNetwork(LlamaModel(shape)),
         value=TorchNetwork(LlamaModel(shape, head="value"), optimizer=OptimizerConfig()),
-        parallel=ParallelState(
-            device=torch.device("cpu"),
-            rank=0,
-            world_size=1,
-            data_parallel_rank=0,
-            data_parallel_size=1,
-            data_parallel_group=None,
-            tensor_parallel_group=None,
-            tensor_parallel_rank=0,
-            pipeline_rank=0,
-            copy_rank=0,
-        ),
+        parallel=ALONE,
     )
     return Learner(networks, ppo=PPOConfig(updates_per_step=1), rewards=RewardConfig()).step(episodes)
 

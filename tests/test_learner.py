@@ -17,29 +17,17 @@ from rlef.config import OptimizerConfig, ParallelConfig, PPOConfig, RewardConfig
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks
 from rlef.packing import pack
-from rlef.ports import Networks, ParallelState
+from rlef.ports import Networks
 from rlef.records import Episode, TurnOutcome
 from rlef.torch_model import LlamaModel
 from rlef.torch_policy import TorchNetwork
 from tests.distributed import run_ranks
-from tests.megatron_examples import UNTIED, policy_twin, random_weights, value_twin
+from tests.megatron_examples import ALONE, UNTIED, policy_twin, random_weights, value_twin
 from tests.ppo_examples import episode
 
 WEIGHTS = random_weights(UNTIED)
 # With epsilon 1 AdamW is close to plain gradient descent: see megatron_examples.SMOOTH.
 OPTIMIZER = OptimizerConfig(lr=0.1, value_lr=0.1, eps=1.0, warmup_updates=1, weight_decay=0.0)
-ALONE = ParallelState(
-    device=torch.device("cpu"),
-    rank=0,
-    world_size=1,
-    data_parallel_rank=0,
-    data_parallel_size=1,
-    data_parallel_group=None,
-    tensor_parallel_group=None,
-    tensor_parallel_rank=0,
-    pipeline_rank=0,
-    copy_rank=0,
-)
 
 
 def networks() -> Networks:

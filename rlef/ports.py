@@ -128,6 +128,22 @@ class StreamingSampler(Sampler, Protocol):
         ...
 
 
+def generate_by_steps(
+    sampler: StreamingSampler, requests: Sequence[Request], params: SamplingParams
+) -> list[Response]:
+    """`Sampler.generate`, by the other methods. Nothing is under way before it, nor after a fault."""
+    order = {request.stream: index for index, request in enumerate(requests)}
+    responses: dict[int, Response] = {}
+    try:
+        for request in requests:
+            sampler.submit(request, params)
+        while len(responses) < len(requests):
+            responses |= {order[stream]: response for stream, response in sampler.step()}
+    finally:
+        sampler.abort()
+    return [responses[index] for index in range(len(requests))]
+
+
 class LossFunction(Protocol):
     """(outputs, index of the micro-batch) -> (summed loss, statistics).
 

@@ -111,48 +111,14 @@ def stage_weights(shape: ModelShape, head: Head, *, stage: int, stages: int) -> 
 
     Of an interleaved pipeline each chunk of layers is a stage of its own.
     """
-    hidden, head_dim = shape.hidden_size, shape.head_dim
-    queries, groups = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
+    hidden = shape.hidden_size
     embedding = (shape.vocab_size, hidden)
     layers = shape.num_hidden_layers // stages
     weights = []
     if stage == 0:
         weights.append(_weight("embedding.word_embeddings.weight", Cut.ROWS, {_EMBEDDING: embedding}))
     for index in range(layers):
-        here, there = f"decoder.layers.{index}", f"model.layers.{stage * layers + index}"
-        attention = f"{there}.self_attn"
-        projections = {"q": queries, "k": groups, "v": groups}  # rows
-        query_key_value = {
-            f"{attention}.{name}_proj.weight": (rows, hidden) for name, rows in projections.items()
-        }
-        biases = {f"{attention}.{name}_proj.bias": (rows,) for name, rows in projections.items()}
-        gate_up = {
-            f"{there}.mlp.gate_proj.weight": (shape.intermediate_size, hidden),
-            f"{there}.mlp.up_proj.weight": (shape.intermediate_size, hidden),
-        }
-        output = {f"{attention}.o_proj.weight": (hidden, queries)}
-        down = {f"{there}.mlp.down_proj.weight": (hidden, shape.intermediate_size)}
-        first_norm = {f"{there}.input_layernorm.weight": (hidden,)}
-        second_norm = {f"{there}.post_attention_layernorm.weight": (hidden,)}
-        weights += [
-            _weight(f"{here}.input_layernorm.weight", Cut.REPLICATED, first_norm),
-            _weight(f"{here}.self_attention.linear_qkv.weight", Cut.QUERY_KEY_VALUE, query_key_value),
-            _weight(f"{here}.self_attention.linear_proj.weight", Cut.COLUMNS, output),
-            _weight(f"{here}.pre_mlp_layernorm.weight", Cut.REPLICATED, second_norm),
-            _weight(f"{here}.mlp.linear_fc1.weight", Cut.GATE_UP, gate_up),
-            _weight(f"{here}.mlp.linear_fc2.weight", Cut.COLUMNS, down),
-        ]
-        if shape.query_key_value_bias:
-            weights.append(_weight(f"{here}.self_attention.linear_qkv.bias", Cut.QUERY_KEY_VALUE, biases))
-        if shape.query_key_norm:
-            weights += [
-                _weight(
-                    f"{here}.self_attention.{name}_layernorm.weight",
-                    Cut.REPLICATED,
-                    {f"{attention}.{name}_norm.weight": (head_dim,)},
-                )
-                for name in "qk"
-            ]
+        weights += _layer_weights(shape, f"decoder.layers.{index}", f"model.layers.{stage * layers + index}")
     if stage == stages - 1:
         weights.append(
             _weight("decoder.final_layernorm.weight", Cut.REPLICATED, {"model.norm.weight": (hidden,)})
@@ -165,6 +131,46 @@ def stage_weights(shape: ModelShape, head: Head, *, stage: int, stages: int) -> 
             weights.append(_weight("output_layer.weight", Cut.ROWS, {_HEAD: embedding}))
         elif stages > 1:  # tied, and the stage with the embedding is another one
             weights.append(_weight("output_layer.weight", Cut.ROWS, {_EMBEDDING: embedding}, duplicate=True))
+    return weights
+
+
+def _layer_weights(shape: ModelShape, here: str, there: str) -> list[StageWeight]:
+    """Of one layer: megatron's name of it, and Hugging Face's."""
+    hidden, head_dim = shape.hidden_size, shape.head_dim
+    queries, groups = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
+    attention = f"{there}.self_attn"
+    projections = {"q": queries, "k": groups, "v": groups}  # rows
+    query_key_value = {
+        f"{attention}.{name}_proj.weight": (rows, hidden) for name, rows in projections.items()
+    }
+    biases = {f"{attention}.{name}_proj.bias": (rows,) for name, rows in projections.items()}
+    gate_up = {
+        f"{there}.mlp.gate_proj.weight": (shape.intermediate_size, hidden),
+        f"{there}.mlp.up_proj.weight": (shape.intermediate_size, hidden),
+    }
+    output = {f"{attention}.o_proj.weight": (hidden, queries)}
+    down = {f"{there}.mlp.down_proj.weight": (hidden, shape.intermediate_size)}
+    first_norm = {f"{there}.input_layernorm.weight": (hidden,)}
+    second_norm = {f"{there}.post_attention_layernorm.weight": (hidden,)}
+    weights = [
+        _weight(f"{here}.input_layernorm.weight", Cut.REPLICATED, first_norm),
+        _weight(f"{here}.self_attention.linear_qkv.weight", Cut.QUERY_KEY_VALUE, query_key_value),
+        _weight(f"{here}.self_attention.linear_proj.weight", Cut.COLUMNS, output),
+        _weight(f"{here}.pre_mlp_layernorm.weight", Cut.REPLICATED, second_norm),
+        _weight(f"{here}.mlp.linear_fc1.weight", Cut.GATE_UP, gate_up),
+        _weight(f"{here}.mlp.linear_fc2.weight", Cut.COLUMNS, down),
+    ]
+    if shape.query_key_value_bias:
+        weights.append(_weight(f"{here}.self_attention.linear_qkv.bias", Cut.QUERY_KEY_VALUE, biases))
+    if shape.query_key_norm:
+        weights += [
+            _weight(
+                f"{here}.self_attention.{name}_layernorm.weight",
+                Cut.REPLICATED,
+                {f"{attention}.{name}_norm.weight": (head_dim,)},
+            )
+            for name in "qk"
+        ]
     return weights
 
 

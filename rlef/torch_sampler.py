@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from rlef.ports import UNFINISHED, Draft, Request, Response, SamplingParams
+from rlef.ports import UNFINISHED, Draft, Request, Response, SamplingParams, generate_by_steps
 from rlef.records import ModelShape
 from rlef.torch_model import rotary_tables, rotate
 
@@ -179,16 +179,7 @@ class TorchSampler:
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         if self._streams:
             raise RuntimeError("responses are under way; take them by step(), or abort() them")
-        order = {request.stream: index for index, request in enumerate(requests)}
-        responses: dict[int, Response] = {}
-        try:
-            for request in requests:
-                self.submit(request, params)
-            while len(responses) < len(requests):
-                responses |= {order[stream]: response for stream, response in self.step()}
-        finally:
-            self.abort()
-        return [responses[index] for index in range(len(requests))]
+        return generate_by_steps(self, requests, params)
 
     def submit(self, request: Request, params: SamplingParams) -> None:
         if self._version < 0:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlef.config import ConfigError, VllmConfig
-from rlef.ports import UNFINISHED, Draft, Request, Response, SamplingParams
+from rlef.ports import UNFINISHED, Draft, Request, Response, SamplingParams, generate_by_steps
 from rlef.records import ModelShape
 from rlef.shards import stage_weights
 
@@ -85,17 +85,9 @@ class VllmSampler:
             arguments: dict[str, Any] = {"gpu_memory_utilization": settings.memory_fraction}
             if not on_gpu:
                 workers = settings.tensor_parallel if self._has_workers else 1
-                cache_bytes = _cache_bytes(
-                    shape, settings, context=context, dialogs=max(slots, dialogs), workers=workers
+                arguments = _cpu_arguments(
+                    shape, settings, context=context, slots=slots, dialogs=dialogs, workers=workers
                 )
-                arguments = {
-                    "kv_cache_memory_bytes": cache_bytes,
-                    "block_size": _CPU_BLOCK,
-                    "enforce_eager": True,
-                    # After each part of a prompt it would rewind the request's seed, which fails on a CPU.
-                    "enable_chunked_prefill": False,
-                    "max_num_batched_tokens": max(context, slots, _CPU_STEP_TOKENS),
-                }
             self._engine: Any = LLMEngine.from_engine_args(
                 EngineArgs(
                     model=str(folder),
@@ -123,16 +115,7 @@ class VllmSampler:
         """
         if self._drafts:
             raise RuntimeError("responses are under way; take them by step(), or abort() them")
-        order = {request.stream: index for index, request in enumerate(requests)}
-        responses: dict[int, Response] = {}
-        try:
-            for request in requests:
-                self.submit(request, params)
-            while len(responses) < len(requests):
-                responses |= {order[stream]: response for stream, response in self.step()}
-        finally:
-            self.abort()
-        return [responses[index] for index in range(len(requests))]
+        return generate_by_steps(self, requests, params)
 
     def submit(self, request: Request, params: SamplingParams) -> None:
         from vllm import SamplingParams as EngineParams
@@ -296,6 +279,20 @@ def _request_seed(seed: int, request: Request) -> int:
 def _own_backend() -> str:
     """Of an engine in this process: where it has a launcher, on the GPU that this gave it."""
     return "external_launcher" if "RANK" in os.environ else "uni"
+
+
+def _cpu_arguments(
+    shape: ModelShape, settings: VllmConfig, *, context: int, slots: int, dialogs: int, workers: int
+) -> dict[str, Any]:
+    cache_bytes = _cache_bytes(shape, settings, context=context, dialogs=max(slots, dialogs), workers=workers)
+    return {
+        "kv_cache_memory_bytes": cache_bytes,
+        "block_size": _CPU_BLOCK,
+        "enforce_eager": True,
+        # After each part of a prompt it would rewind the request's seed, which fails on a CPU.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(context, slots, _CPU_STEP_TOKENS),
+    }
 
 
 def _cache_bytes(shape: ModelShape, settings: VllmConfig, *, context: int, dialogs: int, workers: int) -> int:

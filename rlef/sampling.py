@@ -1,49 +1,24 @@
-"""The sampling side of a run: where its episodes are made, and how they come to those who learn.
+"""How a run's episodes come to those who learn.
 
 Colocated, every process makes a share of the episodes and all share them out. Disaggregated, processes of
-their own do (`sample`), and the learners order and receive. What makes a process's share is the same in both,
-`OwnRollouts`.
+their own do (`sampling_process.py`), and the learners order and receive. What makes a process's share is the
+same in both, `OwnRollouts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Protocol, TypedDict, Unpack
+from typing import Protocol, Unpack
 
-import torch
-from torch import Tensor
-
-from rlef import problems as sources
-from rlef.asynchronous import AsynchronousRollouts
-from rlef.bridge import LearnersEnd, Order, SamplersEnd
-from rlef.config import Config, ConfigError, FeedbackKind
-from rlef.curriculum import Curriculum, Progress, skips
-from rlef.engine_group import Calls, Follower, LeadingSampler
-from rlef.execution import open_executor
-from rlef.families import read_shape
-from rlef.faults import RunFault, Watch, doing, slowest
-from rlef.job import Job, leave
-from rlef.ports import Network, SamplingParams, StreamingSampler
-from rlef.pretrained import StoredWeights, model_folder
-from rlef.prompts import Dialog
-from rlef.records import Episode, ModelShape, Problem
-from rlef.rollout import Collection, CollectSettings, interleaved, share_out
-from rlef.rollout import collect as collect_in_lockstep
-from rlef.samplers import build_sampler
-from rlef.stopping import StopRequest
-from rlef.streaming import collect_overlapped, merged
-from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
-from rlef.words import Words
-
-
-class EvaluationSettings(TypedDict):
-    """What an evaluation samples with."""
-
-    params: SamplingParams
-    turns: int
-    feedback: FeedbackKind
+from rlef.bridge import LearnersEnd
+from rlef.curriculum import Progress
+from rlef.faults import Watch, slowest
+from rlef.own_rollouts import EvaluationSettings, OwnRollouts
+from rlef.ports import Network
+from rlef.records import Episode, Problem
+from rlef.rollout import Collection, interleaved, share_out
+from rlef.streaming import merged
 
 
 class Rollouts(Protocol):
@@ -90,162 +65,6 @@ class Rollouts(Protocol):
     def end(self) -> None:
         """Nothing is wanted any more."""
         ...
-
-
-class OwnRollouts:
-    """The share of the episodes that this process makes: those of every `of`-th problem."""
-
-    def __init__(
-        self,
-        config: Config,
-        stack: ExitStack,
-        *,
-        job: Job,
-        index: int,
-        of: int,
-        calls: Calls | None = None,
-    ) -> None:
-        """With the weights of `model.path`, as version 0. `stack` ends what is begun here.
-
-        With `calls` this process leads the others of its sampler's engine.
-        """
-        self._config = config
-        self._index, self._of = index, of
-        self.is_first = index == 0
-        self._sampler, self.shape, self._dialog = _load_sampler(config, stack, job)
-        if calls is not None:
-            self._sampler = LeadingSampler(self._sampler, calls)
-            stack.callback(calls.close)
-        problems = sources.load(config, "train")
-        self._cursor = sources.training_cursor(problems, config)
-        self._origin = 0  # where in the problems step 0 began
-        self._curriculum: Curriculum | None = None  # where outcomes decide on problems, from `start` on
-        self._eval_problems = sources.load(config, "eval")
-        self._unrelated = unrelated_feedback(problems, config.rollout)
-        self._unrelated_held_out = unrelated_feedback(self._eval_problems, config.rollout)
-        self._executor = stack.enter_context(open_executor(config.executor, ranks=job.engine_ranks))
-        self._asynchronous: AsynchronousRollouts | None = None  # until `start`
-        self._device = job.device
-        self._stack = stack
-
-    def start(self, step: int, origin: int, saved: Sequence[str], progress: Progress | None) -> None:
-        """`saved` may hold episodes of others.
-
-        Raises ConfigError: `progress` is of other problems.
-        """
-        self._origin = origin
-        if skips(self._config.problems):
-            self._curriculum = Curriculum(self._cursor, self._config, step=step, progress=progress)
-        if self._config.rollout.max_staleness > 0:
-            self._asynchronous = AsynchronousRollouts(
-                self._training_settings(),
-                problems_of=self._share,
-                steps=self._config.run.steps,
-                max_staleness=self._config.rollout.max_staleness,
-                device=self._device,
-            )
-            self._stack.callback(self._asynchronous.close)
-            self._asynchronous.start(step, saved)
-
-    def collect(self, step: int) -> Collection:
-        rollout = self._config.rollout
-        problems, numbers = self._share(step)
-        with doing(f"episodes: {len(numbers)}, rollout.slots: {rollout.slots}"):
-            if self._asynchronous is not None:
-                return self._asynchronous.take(step)
-            collect = collect_overlapped if rollout.overlap else collect_in_lockstep
-            return collect(problems, numbers=numbers, **self._training_settings())
-
-    def record(self, solved: Sequence[bool]) -> Progress | None:
-        """Of all episodes, not of this process's alone. None where outcomes decide on nothing."""
-        return None if self._curriculum is None else self._curriculum.record(solved)
-
-    def evaluate(
-        self,
-        problems: Sequence[Problem],
-        *,
-        numbers: Sequence[int],
-        **settings: Unpack[EvaluationSettings],
-    ) -> Collection:
-        """This process's share. Meanwhile training episodes wait."""
-        unrelated = self._unrelated_held_out
-        overlap = self._config.rollout.overlap and (settings["feedback"] != "random" or unrelated is not None)
-        with nullcontext() if self._asynchronous is None else self._asynchronous.paused():
-            return (collect_overlapped if overlap else collect_in_lockstep)(
-                problems[self._index :: self._of],
-                numbers=numbers[self._index :: self._of],
-                **self._settings(**settings, unrelated=unrelated),
-            )
-
-    def evaluate_held_out(
-        self, *, numbers: Sequence[int], **settings: Unpack[EvaluationSettings]
-    ) -> Collection:
-        """`evaluate`, of the held-out problems, each as many times as there are numbers for it."""
-        each = len(numbers) // len(self._eval_problems)
-        problems = [problem for problem in self._eval_problems for _ in range(each)]
-        return self.evaluate(problems, numbers=numbers, **settings)
-
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        (self._asynchronous or self._sampler).push(weights, version=version)
-
-    def save(self) -> str:
-        if self._asynchronous is None:
-            return ""
-        with self._asynchronous.paused():
-            return self._asynchronous.save()
-
-    def _share(self, step: int) -> tuple[Sequence[Problem], Sequence[int]]:
-        """This process's problems of a training step, and the numbers of their episodes."""
-        rollout = self._config.rollout
-        count, each = rollout.episodes_per_step, rollout.rollouts_per_problem
-        numbers = range(step * count, (step + 1) * count)
-        if self._curriculum is not None:
-            chosen = self._curriculum.problems_of(step)
-        else:
-            self._cursor.position = self._origin + step * rollout.problems_per_step
-            chosen = self._cursor.take(rollout.problems_per_step)
-        problems = [problem for problem in chosen for _ in range(each)]
-        return problems[self._index :: self._of], numbers[self._index :: self._of]
-
-    def _training_settings(self) -> CollectSettings:
-        rollout = self._config.rollout
-        params = SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_tokens=rollout.max_response_tokens,
-            seed=self._config.run.seed,
-        )
-        return self._settings(params, rollout.turns, rollout.feedback, self._unrelated)
-
-    def _settings(
-        self,
-        params: SamplingParams,
-        turns: int,
-        feedback: FeedbackKind,
-        unrelated: UnrelatedFeedback | None,
-    ) -> CollectSettings:
-        return CollectSettings(
-            sampler=self._sampler,
-            executor=self._executor,
-            dialog=self._dialog,
-            settings=self._config.rollout,
-            params=params,
-            turns=turns,
-            feedback=feedback,
-            unrelated=unrelated,
-        )
-
-
-def _load_sampler(config: Config, stack: ExitStack, job: Job) -> tuple[StreamingSampler, ModelShape, Dialog]:
-    """This process's sampler, or its part of one, with the weights of `model.path` as version 0."""
-    folder = model_folder(config.model.path)
-    shape, dialog = read_shape(folder), Dialog.read(folder, config.rollout)
-    sampler = build_sampler(config, folder, shape, end_token_id=dialog.end_token_id, device=job.device)
-    stack.callback(sampler.close)
-    dtype = getattr(torch, config.parallel.dtype)  # in which the networks have them, and push them later
-    rounded = ((name, whole.to(dtype)) for name, whole in StoredWeights(folder).tensors())
-    sampler.push(rounded, version=0)
-    return sampler, shape, dialog
 
 
 class Colocated:
@@ -344,107 +163,3 @@ class Disaggregated:
 
     def end(self) -> None:
         self._bridge.tell("end")
-
-
-def sample(config: Config, job: Job) -> int:
-    """What a process does that only samples: carry out the learners' orders. Returns the exit status."""
-    with ExitStack() as stack:
-        words = stack.enter_context(Words(job, silence_s=config.parallel.silence_s))
-        watch = Watch(config, tell=words.enter, silent=words.silent)
-        stack.enter_context(watch.phase("starting or stopping"))
-        stack.enter_context(StopRequest(on_request=words.ask_to_stop))
-        stack.callback(leave)
-        calls = Calls(job, config, words) if job.engine_ranks > 1 else None
-        if calls is None or calls.leads:
-            _lead(config, stack, job, words, watch, calls)
-        else:
-            _follow(config, stack, job, words, watch, calls)
-    return 0
-
-
-@contextmanager
-def _telling_what_is_refused() -> Iterator[None]:
-    """Rank 0, which tells what the user must mend, may be ended before it hears of what this process met."""
-    try:
-        yield
-    except ConfigError as error:
-        raise RunFault(str(error)) from error
-
-
-def _lead(
-    config: Config, stack: ExitStack, job: Job, words: Words, watch: Watch, calls: Calls | None
-) -> None:
-    index, of = job.leaders.index(job.rank), len(job.leaders)
-    with _telling_what_is_refused():
-        own = OwnRollouts(config, stack, job=job, index=index, of=of, calls=calls)
-    tell = calls.tell if calls is not None else lambda _: None
-    bridge = SamplersEnd(job, config, words, own.shape, on_ready=lambda: tell("ready"))
-    with words:  # so that others hear of a fault before this process tidies up
-        while (order := bridge.next_order()).kind != "end":
-            tell("order")
-            with watch.phase(_phase_of(order)):
-                _carry_out(order, own, bridge)
-            words.enter("waiting for the learners")
-        tell("order")
-        bridge.ready()
-    if calls is not None:
-        calls.is_ending = True
-
-
-def _follow(config: Config, stack: ExitStack, job: Job, words: Words, watch: Watch, calls: Calls) -> None:
-    """As `_lead`, with the leader of this process's engine."""
-    with _telling_what_is_refused():
-        sampler, shape, _ = _load_sampler(config, stack, job)
-    bridge = SamplersEnd(job, config, words, shape)
-    follower = Follower(sampler, calls, bridge)
-    with words:
-        there_is_more = calls.receive().name == "order"
-        while there_is_more:
-            order = bridge.next_order()
-            with watch.phase(_phase_of(order)):
-                there_is_more = follower.follow(order)
-
-
-def _carry_out(order: Order, own: OwnRollouts, bridge: SamplersEnd) -> None:
-    details = dict(order.details)
-    match order.kind:
-        case "start":
-            saved, progress = bridge.take()
-            try:
-                own.start(**details, saved=saved, progress=progress)
-            except ConfigError as error:  # as of the constructor
-                raise RunFault(str(error)) from error
-        case "collect":
-            bridge.reply(own.collect(**details))
-        case "record":
-            progress = own.record([bool(each) for each in details["solved"]])
-            bridge.reply(progress if own.is_first else None)
-        case "load":
-            own.push(bridge.weights(details["dtype"]), details["version"])
-        case "evaluate":
-            params = SamplingParams(**details.pop("params"))
-            numbers = range(*details.pop("numbers"))
-            bridge.reply(own.evaluate_held_out(numbers=numbers, params=params, **details))
-        case "save":
-            bridge.reply(own.save())
-        case _:
-            raise AssertionError(f"no sampler knows the order {order}")
-
-
-def _phase_of(order: Order) -> str:
-    """The name of the phase, of which the first word says what it takes."""
-    match order.kind:
-        case "collect":
-            return f"sampling step {order.details['step'] + 1}"
-        case "load":
-            return f"loading the weights of step {order.details['version']}"
-        case "evaluate":
-            return "evaluating"
-        case "save":
-            return "saving what is under way"
-        case "record":
-            return "recording outcomes"
-        case "end":
-            return "starting or stopping"
-        case _:
-            return "starting the episodes"

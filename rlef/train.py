@@ -30,6 +30,7 @@ from rlef.job import Job, join, within
 from rlef.launch import torchrun_agent
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks, leave
+from rlef.own_rollouts import OwnRollouts
 from rlef.ports import Networks
 from rlef.pretrained import StoredWeights, model_folder
 from rlef.prompts import Dialog
@@ -37,7 +38,8 @@ from rlef.records import Episode, StepStats
 from rlef.report import DIALOGS_FILE, SUMMARY_FILE, save_dialogs, write_report
 from rlef.rollout import Collection
 from rlef.run_folder import RunFolder, only_one_run, open_run_folder
-from rlef.sampling import Colocated, Disaggregated, OwnRollouts, Rollouts, sample
+from rlef.sampling import Colocated, Disaggregated, Rollouts
+from rlef.sampling_process import sample
 from rlef.stopping import StopRequest
 from rlef.telemetry import BETWEEN_STEPS, Telemetry
 from rlef.words import Words

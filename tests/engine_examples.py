@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlef import cli, sampling
+from rlef import cli, own_rollouts
 from rlef.config import Config, longest_dialog
 from rlef.launch import run_processes
 from rlef.ports import Request, Response, SamplingParams
@@ -102,7 +102,7 @@ def build(
 
 
 def run(config: Config, folder: RunFolder, fault: str) -> int:
-    sampling.build_sampler = lambda *arguments, **options: build(  # type: ignore[assignment]
+    own_rollouts.build_sampler = lambda *arguments, **options: build(  # type: ignore[assignment]
         *arguments, **options, fault=fault
     )
     return cli._train(config, folder)

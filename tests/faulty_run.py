@@ -14,10 +14,10 @@ from rlef import cli
 from rlef.config import Config
 from rlef.launch import run_processes
 from rlef.learner import Learner
+from rlef.own_rollouts import OwnRollouts
 from rlef.records import Episode
 from rlef.rollout import Collection
 from rlef.run_folder import RunFolder, open_run_folder
-from rlef.sampling import OwnRollouts
 from rlef.stopping import StopRequest
 from tests.small_runs import small_config
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlef import sampling
+from rlef import own_rollouts
 from rlef.config import Config, ParallelConfig, RolloutConfig, VllmConfig
 from tests import engine_examples
 from tests.distributed import common_folder, run_ranks
@@ -37,7 +37,7 @@ def see(name: str, *settings: str) -> Seen:
         return built[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "build_sampler", build)
+        patch.setattr(own_rollouts, "build_sampler", build)
         played = play(common_folder(), name, *ONE_ENGINE, *settings)
     return Seen(played, built[0].calls if built else [])
 

@@ -109,7 +109,8 @@ FLOORS: tuple[frozenset[str], ...] = (
             "standalone",
         }
     ),
-    frozenset({"sampling"}),
+    frozenset({"own_rollouts"}),
+    frozenset({"sampling", "sampling_process"}),
     frozenset({"commands", "train"}),
     frozenset({"problem_commands"}),
     frozenset({"cli"}),

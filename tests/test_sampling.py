@@ -20,10 +20,10 @@ from rlef.curriculum import Curriculum
 from rlef.faults import RunFault
 from rlef.job import leave
 from rlef.learner import Learner
+from rlef.own_rollouts import OwnRollouts
 from rlef.problems import load, training_cursor
 from rlef.records import Episode
 from rlef.rollout import Collection
-from rlef.sampling import OwnRollouts
 from rlef.telemetry import Telemetry
 from rlef.train import train_under_torchrun
 from rlef_sandbox import SandboxFault

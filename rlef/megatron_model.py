@@ -262,7 +262,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig) -> Transform
         bf16=dtype is torch.bfloat16,
         perform_initialization=False,  # weights are always loaded
         use_cpu_initialization=not torch.cuda.is_available(),
-        calculate_per_token_loss=True,  # see `add_up_gradients` in megatron_policy.py
+        calculate_per_token_loss=True,  # see `add_up_gradients` in megatron_training.py
         variable_seq_lengths=pipeline > 1 and chunks == 1,  # each pack has its own number of tokens
         moe_token_dispatcher_type="alltoall",  # noqa: S106 (no password) variable_seq_lengths insists on it
         # Batched sends and receives of varying lengths can cross; of an interleaved pipeline, so batched or

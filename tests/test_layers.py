@@ -65,7 +65,17 @@ FLOORS: tuple[frozenset[str], ...] = (
             "unrelated",
         }
     ),
-    frozenset({"contamination", "curriculum", "megatron_model", "problem_check", "sources", "weights"}),
+    frozenset(
+        {
+            "contamination",
+            "curriculum",
+            "megatron_model",
+            "megatron_training",
+            "problem_check",
+            "sources",
+            "weights",
+        }
+    ),
     frozenset(
         {
             "bridge",
@@ -119,7 +129,7 @@ FLOORS: tuple[frozenset[str], ...] = (
 
 # Every other file must do without these.
 DOORS = {
-    "megatron": {"megatron_policy", "megatron_model", "megatron_cpu", "weights"},
+    "megatron": {"megatron_policy", "megatron_training", "megatron_model", "megatron_cpu", "weights"},
     "vllm": {"vllm_sampler"},
     "flash_attn": {"attention"},
     "gguf": {"gguf_import"},

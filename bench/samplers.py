@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 
 from rlef import hidden_conventions
-from rlef.config import Config, load_config
+from rlef.config import Config
 from rlef.ports import Request, Sampler, SamplingParams
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import Dialog, untold_text
 from rlef.samplers import build_sampler
+from rlef.settings_file import load_config
 
 TURNS = 3
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.toml"

@@ -27,10 +27,12 @@ from pathlib import Path
 import torch
 
 from rlef import problems
-from rlef.config import Config, load_config, longest_dialog
+from rlef.arithmetic import longest_dialog
+from rlef.config import Config
 from rlef.ports import Request, SamplingParams
 from rlef.pretrained import model_folder, read_pretrained
 from rlef.prompts import Dialog
+from rlef.settings_file import load_config
 from rlef.torch_sampler import TorchSampler
 
 CONFIG = Path(__file__).parents[1] / "configs" / "smollm2.toml"

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from rlef.arithmetic import describe_arithmetic, of_learners
 from rlef.commands import (
     check_inputs,
     check_problems_and_executor,
@@ -23,10 +24,11 @@ from rlef.commands import (
     require_empty,
     require_writable,
 )
-from rlef.config import Config, ConfigError, describe_arithmetic, load_config, of_learners
+from rlef.config import Config, ConfigError
 from rlef.files import write_text
 from rlef.launch import TOLD, die_with_parent, launched_by_torchrun, require_restartable, run_processes
 from rlef.problem_commands import problems_group
+from rlef.settings_file import load_config
 from rlef_sandbox import SandboxFault
 
 _CONFIG = click.argument("config_file", metavar="CONFIG", type=click.Path(path_type=Path))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from rlef.config import Config, ConfigError, check_context
+from rlef.arithmetic import check_context
+from rlef.config import Config, ConfigError
 from rlef.launch import processes_here
 from rlef_sandbox import SandboxFault
 

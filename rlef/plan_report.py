@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlef.config import Config, check_context, longest_dialog
+from rlef.arithmetic import check_context, longest_dialog
+from rlef.config import Config
 from rlef.plan import Candidate, Plan, launch_command, loading_refusal, make_plan, trainer_with
 from rlef.plan_cluster import cluster_of, with_assumptions
 from rlef.plan_memory import Layout

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import click
 
 from rlef.commands import errors_in_one_line, require_file, require_other_file, require_writable
-from rlef.config import Config, ConfigError, load_config
+from rlef.config import Config, ConfigError
 from rlef.files import write_text
+from rlef.settings_file import load_config
 from rlef_sandbox import Executor, SandboxFault
 
 if TYPE_CHECKING:

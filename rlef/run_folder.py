@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlef.config import Config, ConfigError, explain
+from rlef.config import Config, ConfigError
 from rlef.files import write_text
+from rlef.settings_file import explain
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from rlef.config import Config, ConfigError, longest_dialog
+from rlef.arithmetic import longest_dialog
+from rlef.config import Config, ConfigError
 from rlef.launch import processes_here
 from rlef.ports import StreamingSampler
 from rlef.records import ModelShape

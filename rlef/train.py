@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rlef import problems as sources
+from rlef.arithmetic import check_context
 from rlef.bridge import LearnersEnd
 from rlef.checkpoint import CheckpointStore
-from rlef.config import Config, ConfigError, check_context
+from rlef.config import Config, ConfigError
 from rlef.curriculum import Progress, skips
 from rlef.evaluate import (
     dialog_examples,

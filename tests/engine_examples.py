@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlef import cli, own_rollouts
-from rlef.config import Config, longest_dialog
+from rlef.arithmetic import longest_dialog
+from rlef.config import Config
 from rlef.launch import run_processes
 from rlef.ports import Request, Response, SamplingParams
 from rlef.records import ModelShape

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlef.config import Config, load_config
+from rlef.config import Config
+from rlef.settings_file import load_config
 
 ROOT = Path(__file__).parent.parent
 _PR_SET_CHILD_SUBREAPER = 36

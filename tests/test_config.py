@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from rlef.config import (
-    Config,
-    ConfigError,
-    EvaluationConfig,
-    RolloutConfig,
-    check_context,
-    describe_arithmetic,
-    load_config,
-    longest_dialog,
-)
+from rlef.arithmetic import check_context, describe_arithmetic, longest_dialog
+from rlef.config import Config, ConfigError, EvaluationConfig, RolloutConfig
+from rlef.settings_file import load_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,8 +16,9 @@ import pytest
 from click.testing import CliRunner
 
 from bench.learning import RUNS
+from rlef.arithmetic import longest_dialog
 from rlef.cli import main
-from rlef.config import Config, load_config, longest_dialog
+from rlef.config import Config
 from rlef.doctor_storage import checkpoint_bytes
 from rlef.families import read_shape
 from rlef.plan import Candidate, Plan, make_plan, trainer_with
@@ -25,6 +26,7 @@ from rlef.plan_cluster import GPUS, Assumptions, Cluster
 from rlef.plan_model import NAMED, read_model
 from rlef.plan_time import workload_of
 from rlef.pretrained import model_folder
+from rlef.settings_file import load_config
 from rlef.shards import stage_weights
 from tests.small_runs import ROOT
 

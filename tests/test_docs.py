@@ -35,7 +35,6 @@ from rlef.config import (
     OptimizerConfig,
     PPOConfig,
     RewardConfig,
-    load_config,
 )
 from rlef.evaluate import episode_metrics, evaluate, run_summary, summarise
 from rlef.learner import Learner
@@ -43,6 +42,7 @@ from rlef.ports import Networks, SamplingParams
 from rlef.problems import ProblemRow, read_jsonl, write_jsonl
 from rlef.prompts import FailedTest
 from rlef.records import Episode, ModelShape, Problem, StepStats
+from rlef.settings_file import load_config
 from rlef.telemetry import BETWEEN_STEPS, METRICS_FILE, Telemetry, read_metrics
 from rlef.torch_model import LlamaModel
 from rlef.torch_policy import TorchNetwork

@@ -17,13 +17,14 @@ import torch
 from click.testing import CliRunner, Result
 
 from rlef.cli import main
-from rlef.config import Config, ConfigError, load_config
+from rlef.config import Config, ConfigError
 from rlef.doctor_machine import layout, limits, packages, processor
 from rlef.doctor_network import collectives, host_name, interfaces
 from rlef.doctor_sandbox import sandbox
 from rlef.doctor_storage import checkpoint_bytes, disk, file_system, memory, shared_folder
 from rlef.findings import Finding, Level
 from rlef.run_folder import only_one_run
+from rlef.settings_file import load_config
 from rlef_sandbox import NAMESPACES
 from tests.sandbox.machines import LIKE_DOCKER, python
 from tests.small_runs import ROOT
@@ -239,7 +240,7 @@ def test_processes_must_divide_over_the_gpus_and_a_matrix_stays_on_a_node(
 
 LIST_SANDBOX = """
 from pathlib import Path
-from rlef.config import load_config
+from rlef.settings_file import load_config
 from rlef.doctor_sandbox import sandbox
 for each in sandbox(load_config(Path({path!r}), {overrides!r})):
     print(each.level, each.subject, each.mend, sep="|")

@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlef.arithmetic import longest_dialog
 from rlef.cli import main
-from rlef.config import Config, ConfigError, RolloutConfig, load_config, longest_dialog
+from rlef.config import Config, ConfigError, RolloutConfig
 from rlef.evaluation_folder import EvaluationFolder, examples_digest, figures_of, identity_of
 from rlef.few_shot import ExampleDialog, ExampleMessage, read_examples, write_examples
 from rlef.measurement import draws_of, measure
@@ -21,6 +22,7 @@ from rlef.pretrained import model_folder
 from rlef.problems import line_of, load
 from rlef.prompts import Dialog, FailedTest, feedback_text, prompt_text
 from rlef.records import Problem
+from rlef.settings_file import load_config
 from rlef.transcripts import Transcript
 from rlef_sandbox import Test
 from tests.evaluation_examples import PASSED, WRONG, transcript

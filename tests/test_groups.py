@@ -18,15 +18,7 @@ from torch import Tensor, nn
 from rlef import losses
 from rlef.advantages import group_baselines, turn_kl
 from rlef.checkpoint import CheckpointStore
-from rlef.config import (
-    ConfigError,
-    GroupMethod,
-    Method,
-    ParallelConfig,
-    PPOConfig,
-    RewardConfig,
-    load_config,
-)
+from rlef.config import ConfigError, GroupMethod, Method, ParallelConfig, PPOConfig, RewardConfig
 from rlef.learner import Learner
 from rlef.megatron_policy import build_networks
 from rlef.packing import pack
@@ -37,6 +29,7 @@ from rlef.plan_time import workload_of
 from rlef.ports import Networks
 from rlef.records import Batch, Episode, TurnOutcome
 from rlef.rewards import turn_rewards
+from rlef.settings_file import load_config
 from tests.distributed import run_ranks
 from tests.megatron_examples import UNTIED
 from tests.ppo_examples import episode

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
     frozenset({"assertions", "config", "files", "pieces", "records"}),
-    frozenset({"few_shot", "job", "judging", "ports", "stopping"}),
+    frozenset({"arithmetic", "few_shot", "job", "judging", "ports", "stopping"}),
     frozenset(
         {
             "advantages",
@@ -34,6 +34,7 @@ FLOORS: tuple[frozenset[str], ...] = (
             "plan_model",
             "prompts",
             "rewards",
+            "settings_file",
             "solve_rate",
         }
     ),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlef.cli import main
-from rlef.config import Config, ConfigError, ParallelConfig, RolloutConfig, load_config
+from rlef.config import Config, ConfigError, ParallelConfig, RolloutConfig
 from rlef.families import read_shape
 from rlef.megatron_policy import MegatronNetwork, initialize, leave
 from rlef.plan import (
@@ -38,6 +38,7 @@ from rlef.plan_memory import Layout
 from rlef.plan_model import NAMED, read_model
 from rlef.plan_time import Workload, workload_of
 from rlef.pretrained import model_folder
+from rlef.settings_file import load_config
 from rlef.shards import check_layout
 from tests.megatron_examples import SMOOTH, UNTIED, random_weights
 from tests.test_plan_model import shapes, size_of

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.plan_errors import errors
-from rlef.config import load_config, longest_dialog
+from rlef.arithmetic import longest_dialog
 from rlef.plan_cluster import GPUS, Assumptions, Cluster
 from rlef.plan_memory import Layout
 from rlef.plan_model import read_model
@@ -32,6 +32,7 @@ from rlef.plan_time import (
     updates_s,
     workload_of,
 )
+from rlef.settings_file import load_config
 
 ROOT = Path(__file__).parents[1]
 SIZE = read_model("llama-3.1-8b")

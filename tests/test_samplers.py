@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner, Result
 
+from rlef.arithmetic import longest_dialog
 from rlef.cli import main
-from rlef.config import Config, ConfigError, load_config, longest_dialog
+from rlef.config import Config, ConfigError
 from rlef.pretrain import SHAPE
 from rlef.records import ModelShape
 from rlef.samplers import build_sampler, check_sampler, uneven
+from rlef.settings_file import load_config
 from rlef.torch_sampler import TorchSampler
 from tests.small_runs import ROOT, run_file
 

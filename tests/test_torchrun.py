@@ -91,8 +91,8 @@ def test_each_attempt_says_once_that_a_process_was_lost_and_doing_what(killed: K
 
 def test_a_run_that_its_torchrun_has_finished_is_not_started_anew(killed: Killed, whole: Path) -> None:
     """As when a rank dies on its way out: its torchrun starts all again, with the same command."""
-    from rlef.config import load_config
     from rlef.run_folder import open_run_folder
+    from rlef.settings_file import load_config
 
     launchers = json.loads((killed.run / ".launch.json").read_text())["launchers"]
     config = load_config(run_file(killed.run.parent), ("run.name=killed", "parallel.processes=2", *SETTINGS))

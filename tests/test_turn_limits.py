@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from bench.turn_limits import LENGTHS, TURN_LIMITS, feedback_tokens
-from rlef.config import check_context, load_config
+from rlef.arithmetic import check_context
 from rlef.families import read_shape
 from rlef.measurement import at_its_extremes
 from rlef.pretrained import model_folder
+from rlef.settings_file import load_config
 from rlef.transcripts import Transcript
 from tests.evaluation_examples import PASSED, WRONG, transcript
 from tests.small_runs import ROOT

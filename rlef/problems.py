@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +29,10 @@ from rlef.records import (
     Problem,
     ProblemFlag,
     ProblemTest,
+    Validator,
     text_input,
 )
+from rlef.validators import HEADER_ENDINGS, SOURCE_ENDINGS, compiler
 from rlef_sandbox import Call, Checker, Judge, Test, Tokens
 
 Part = Literal["train", "eval"]
@@ -38,6 +41,9 @@ MAX_TESTS_PER_PROBLEM_BYTES = 16  # times `problems.max_test_bytes`: the longest
 MAX_TIME_LIMIT_S = 3600.0
 MIN_MEMORY_LIMIT_BYTES, MAX_MEMORY_LIMIT_BYTES = 1 << 20, 1 << 40
 
+MAX_FLAGS, MAX_FLAG_CHARACTERS = 64, 1024
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 _MAX_LITERAL_CHARACTERS = 1 << 20  # reading one takes a hundred times its memory
 _EMBEDDED_PREFIX = "hidden_conventions:"
 
@@ -94,16 +100,24 @@ class _CheckerRow(_Row):
     checker: Annotated[str, Field(min_length=1)]
 
 
+class _ValidatorRow(_Row):
+    validator: Annotated[dict[str, str], Field(min_length=1)]
+    flags: Annotated[
+        list[Annotated[str, Field(max_length=MAX_FLAG_CHARACTERS)]], Field(max_length=MAX_FLAGS)
+    ] = []
+
+
 def _tag_of_judge(value: Any) -> str:
     if isinstance(value, dict):
-        return "<checker>" if "checker" in value else "<tolerances>"
+        return next((f"<{name}>" for name in ("checker", "validator") if name in value), "<tolerances>")
     return "<name>"
 
 
 _JudgeRow = Annotated[
     Annotated[Literal["code_contests", "exact", "tokens"], Tag("<name>")]
     | Annotated[_TolerancesRow, Tag("<tolerances>")]
-    | Annotated[_CheckerRow, Tag("<checker>")],
+    | Annotated[_CheckerRow, Tag("<checker>")]
+    | Annotated[_ValidatorRow, Tag("<validator>")],
     Discriminator(_tag_of_judge),
 ]
 
@@ -174,9 +188,18 @@ def _load(config: Config, part: Part) -> list[Problem]:
                 f"{setting}: {path}: problem {problem.id!r} has the flag 'interactive', and tests cannot "
                 "judge a dialog; take it out of the file"
             )
+        if isinstance(problem.judge, Validator):
+            _require_compiler(f"{setting}: {path}: problem {problem.id!r}")
     if part == "train" and config.problems.order == "easy_first":
         hardness(problems)
     return problems if config.problems.dialect == "own" else [_without_dialect(each) for each in problems]
+
+
+def _require_compiler(place: str) -> None:
+    try:
+        compiler()
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}, or take it out of the file") from None
 
 
 def _without_dialect(problem: Problem) -> Problem:
@@ -424,9 +447,39 @@ def require_judgeable(problem: Problem, place: str, *, max_test_bytes: int) -> N
         )
     if "```" in problem.stub:
         raise ConfigError(f"{place}: field 'stub': three backticks would end the code that it begins")
+    if isinstance(problem.judge, Validator):
+        _require_usable_validator(problem.judge, kind, place, max_test_bytes)
     for name in ("public_tests", "private_tests"):
         for index, test in enumerate(getattr(problem, name)):
             _require_usable(test, place, f"{name}.{index}", max_test_bytes)
+
+
+def _require_usable_validator(validator: Validator, kind: type, place: str, max_test_bytes: int) -> None:
+    if kind is not Test:
+        raise ConfigError(
+            f"{place}: field 'judge.validator': a validator reads an output, and these tests have values; "
+            "leave it out"
+        )
+    for name in validator.files:
+        if not (_FILE_NAME.fullmatch(name) and name.endswith(SOURCE_ENDINGS + HEADER_ENDINGS)):
+            raise ConfigError(
+                f"{place}: field 'judge.validator': {name!r} is no name of a C++ file in the validator's own "
+                "folder; give one like 'validate.cc' or 'validate.h'"
+            )
+    if not any(name.endswith(SOURCE_ENDINGS) for name in validator.files):
+        raise ConfigError(
+            f"{place}: field 'judge.validator': nothing to compile; give a file that ends with one of "
+            + ", ".join(SOURCE_ENDINGS)
+        )
+    size = sum(len(text.encode()) for text in validator.files.values())
+    if size > max_test_bytes:
+        raise ConfigError(
+            f"{place}: field 'judge.validator': {size:,} bytes, and problems.max_test_bytes = "
+            f"{max_test_bytes:,}; raise it or take the problem out"
+        )
+    for flag in validator.flags:
+        if "\0" in flag:
+            raise ConfigError(f"{place}: field 'judge.flags': {flag!r} holds a NUL; leave that out")
 
 
 def _require_usable(test: ProblemTest, place: str, name: str, max_test_bytes: int) -> None:
@@ -487,7 +540,9 @@ def _test_fields(test: ProblemTest) -> dict[str, object]:
     return {"input": text_input(test), "expected_output": test.expected_output}
 
 
-def _judge(row: str | _TolerancesRow | _CheckerRow | None) -> Judge | None:
+def _judge(row: str | _TolerancesRow | _CheckerRow | _ValidatorRow | None) -> Judge | Validator | None:
+    if isinstance(row, _ValidatorRow):
+        return Validator(files=row.validator, flags=tuple(row.flags))
     if isinstance(row, _CheckerRow):
         return Checker(program=row.checker, limits=CHECKER_LIMITS)
     if isinstance(row, _TolerancesRow):
@@ -495,7 +550,10 @@ def _judge(row: str | _TolerancesRow | _CheckerRow | None) -> Judge | None:
     return row  # type: ignore[return-value]  # one of the three names
 
 
-def _judge_fields(judge: Judge | None) -> object:
+def _judge_fields(judge: Judge | Validator | None) -> object:
+    if isinstance(judge, Validator):
+        flags = {"flags": list(judge.flags)} if judge.flags else {}
+        return {"validator": dict(judge.files), **flags}
     if isinstance(judge, Checker):
         return {"checker": judge.program}
     if isinstance(judge, Tokens):

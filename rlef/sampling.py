@@ -35,6 +35,7 @@ from rlef.samplers import build_sampler
 from rlef.stopping import StopRequest
 from rlef.streaming import collect_overlapped, merged
 from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
+from rlef.validators import require_validators
 from rlef.words import Words
 
 
@@ -124,6 +125,7 @@ class OwnRollouts:
         self._unrelated = unrelated_feedback(problems, config.rollout)
         self._unrelated_held_out = unrelated_feedback(self._eval_problems, config.rollout)
         self._executor = stack.enter_context(open_executor(config.executor, ranks=job.engine_ranks))
+        require_validators([*problems, *self._eval_problems], self._executor)
         self._asynchronous: AsynchronousRollouts | None = None  # until `start`
         self._device = job.device
         self._stack = stack

@@ -2,9 +2,9 @@
 
 Versions `legacy` and `2023-07` of https://www.kattis.com/problem-package-format/spec. Tests are data/sample
 (public) and data/secret (private, all groups), each a .in and a .ans. The default validator and its flags
-become a judge. A validator in one file of Python becomes a checker, and one in C++ is kept as its sources if it
-compiles here; in other languages, and for several of them, for interaction, several passes or flags of single
-groups the package is set aside. One with scores is used where the full score takes all tests
+become a judge. A validator in one file of Python becomes a checker, and one in C++ is kept as its sources if
+it compiles here; in other languages, and for several of them, for interaction, several passes or flags of
+single groups the package is set aside. One with scores is used where the full score takes all tests
 (`kattis_scores.py`). Submissions count where they are one file of Python.
 """
 

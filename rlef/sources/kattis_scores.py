@@ -2,8 +2,8 @@
 
 Groups of tests are graded as the default grader of version `legacy` does it
 (https://www.kattis.com/problem-package-format/spec/legacy.html#graders). A test is needed where, if it fails,
-the verdict is no longer "accepted", or there are fewer points. Samples become public tests, which have to pass
-whatever points they give.
+the verdict is no longer "accepted", or there are fewer points. Samples become public tests, which have to
+pass whatever points they give.
 """
 
 from __future__ import annotations
@@ -39,43 +39,31 @@ def require_full_score_is_all_tests(package: Package, settings: Fields) -> None:
         whole = secret
     else:
         sample = _graded(package, data / "sample", of_root)
-        whole = _aggregated([_Points(full=sample.full), secret], of_root)
+        whole = aggregated([Points(full=sample.full), secret], of_root)
     _require_range(package, data, whole)
-    if whole.accepted_with_a_failure and whole.most_with_a_failure >= whole.full:
+    if not whole.takes_all_tests:
         raise _unusable(f"the full score of {whole.full:g} can be had without some of the tests")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Points:
+class Points:
     """Of a test or a group."""
 
     full: float
     most_with_a_failure: float = -inf  # at least what can be had with a test failed; -inf: none that may fail
     accepted_with_a_failure: bool = False  # whether the verdict may be "accepted" then
 
-
-def _graded(package: Package, folder: Path, inherited: Fields) -> _Points:
-    settings = _settings_of(package, folder, inherited)
-    accept, reject = (_number(settings[name], name) for name in ("accept_score", "reject_score"))
-    if not 0 <= reject <= accept:
-        raise _unusable(f"a test has {accept:g} points if it is accepted, and {reject:g} if not")
-    parts = [
-        _graded(package, path, settings)
-        if path.is_dir()
-        else _Points(full=accept, most_with_a_failure=reject)
-        for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
-        if path.suffix == ".in" or (path.is_dir() and not path.is_symlink())
-    ]
-    points = _aggregated(parts, settings)
-    _require_range(package, folder, points)
-    return points
+    @property
+    def takes_all_tests(self) -> bool:
+        return not self.accepted_with_a_failure or self.most_with_a_failure < self.full
 
 
-def _aggregated(parts: list[_Points], settings: Fields) -> _Points:
-    """What more failures give is no more: points of tests are none below 0."""
+def aggregated(parts: list[Points], settings: Fields) -> Points:
+    """Of a group with these parts. More failures give no more points than one: those of a test are never
+    below 0, nor more if it fails."""
     flags = _flags_of(settings)
     if not parts:
-        return _Points(full=0.0)
+        return Points(full=0.0)
     mode = next((flag for flag in reversed(flags) if flag in _MODES), "sum")
     full = [part.full for part in parts]
     with_a_failure = []
@@ -85,12 +73,27 @@ def _aggregated(parts: list[_Points], settings: Fields) -> _Points:
         with_a_failure.append(_of_mode(mode, [*full[:index], part.most_with_a_failure, *full[index + 1 :]]))
         if settings["on_reject"] != "continue":  # the others are not judged any more
             with_a_failure.append(_of_mode(mode, [*full[:index], part.most_with_a_failure]))
-    return _Points(
+    return Points(
         full=_of_mode(mode, full),
         most_with_a_failure=max(with_a_failure, default=-inf),
         accepted_with_a_failure=any(part.accepted_with_a_failure for part in parts)
         or any(flag in _LENIENT_FLAGS for flag in flags),
     )
+
+
+def _graded(package: Package, folder: Path, inherited: Fields) -> Points:
+    settings = _settings_of(package, folder, inherited)
+    accept, reject = (_number(settings[name], name) for name in ("accept_score", "reject_score"))
+    if not 0 <= reject <= accept:
+        raise _unusable(f"a test has {accept:g} points if it is accepted, and {reject:g} if not")
+    parts = [
+        _graded(package, path, settings) if path.is_dir() else Points(full=accept, most_with_a_failure=reject)
+        for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
+        if path.suffix == ".in" or (path.is_dir() and not path.is_symlink())
+    ]
+    points = aggregated(parts, settings)
+    _require_range(package, folder, points)
+    return points
 
 
 def _of_mode(mode: str, points: list[float]) -> float:
@@ -124,7 +127,7 @@ def _flags_of(settings: Fields) -> list[str]:
     return flags
 
 
-def _require_range(package: Package, folder: Path, points: _Points) -> None:
+def _require_range(package: Package, folder: Path, points: Points) -> None:
     """What a group says that it gives at most, all tests must give: else something unknown gives points."""
     given = _own_settings(package, folder).get("range")
     if given is None:

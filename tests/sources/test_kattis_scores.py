@@ -15,25 +15,29 @@ from rlef.sources.common import Found, SetAside
 from rlef.sources.kattis_scores import Points, aggregated
 from tests.sources import examples
 
+
+def of_secret(flags: str) -> dict[str, str | None]:
+    """Groups are graded with these flags, and nothing says how many points there are."""
+    return {"data/testdata.yaml": None, "data/secret/testdata.yaml": f"grader_flags: {flags}\n"}
+
+
 MIN_GROUPS = {
     f"data/secret/g{number}/testdata.yaml": "grader_flags: min\naccept_score: 40\n" for number in (1, 2)
+}
+AVERAGE_OF_THE_FIRST = {  # groups have 3, 1, 1 and 1 points; where the second fails, the first two have 3 and 0
+    "data/secret/g1/testdata.yaml": "accept_score: 3\n",
+    "data/secret/g2/testdata.yaml": "grader_flags: min\n",
+    **{f"data/secret/g{number}/a.{ending}": "1\n" for number in (3, 4) for ending in ("in", "ans")},
 }
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "data/secret/testdata.yaml": "grader_flags: avg accept_if_any_accepted\n",
-            "data/testdata.yaml": None,
-        },
+        of_secret("avg accept_if_any_accepted"),
         {"data/secret/testdata.yaml": "grader_flags: always_accept\n"},
-        {"data/secret/testdata.yaml": "grader_flags: max first_error\n", "data/testdata.yaml": None},
-        {
-            "data/secret/testdata.yaml": "grader_flags: min accept_if_any_accepted\n",
-            "data/testdata.yaml": None,
-        }
-        | MIN_GROUPS,
+        of_secret("max first_error"),
+        of_secret("min accept_if_any_accepted") | MIN_GROUPS,
         {"problem.yaml": "type: [pass-fail, scoring]\n"},
     ],
 )
@@ -49,20 +53,15 @@ def test_a_package_whose_full_score_takes_every_test_becomes_a_problem(
     ("changes", "said"),
     [
         (
-            {
-                "data/secret/testdata.yaml": "grader_flags: max accept_if_any_accepted\n",
-                "data/testdata.yaml": None,
-            },
+            of_secret("max accept_if_any_accepted"),
             "the full score of 60 can be had without some of the tests",
         ),
         (
-            {
-                "data/secret/testdata.yaml": "grader_flags: min accept_if_any_accepted\n",
-                "data/testdata.yaml": None,
-            }
+            of_secret("min accept_if_any_accepted")
             | {"data/secret/g2/testdata.yaml": "grader_flags: sum\naccept_score: 60\n"},
             "the full score of 40 can be had",
         ),
+        (of_secret("avg accept_if_any_accepted") | AVERAGE_OF_THE_FIRST, "the full score of 1.5 can be had"),
         (
             {"data/secret/g1/testdata.yaml": "accept_score: 0\ngrader_flags: min\n"},
             "all tests give 60 points",

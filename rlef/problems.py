@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from rlef.records import (
     Validator,
     text_input,
 )
-from rlef.validators import HEADER_ENDINGS, SOURCE_ENDINGS, compiler
+from rlef.validators import compiler, require_usable
 from rlef_sandbox import Call, Checker, Judge, Test, Tokens
 
 Part = Literal["train", "eval"]
@@ -41,9 +40,7 @@ MAX_TESTS_PER_PROBLEM_BYTES = 16  # times `problems.max_test_bytes`: the longest
 MAX_TIME_LIMIT_S = 3600.0
 MIN_MEMORY_LIMIT_BYTES, MAX_MEMORY_LIMIT_BYTES = 1 << 20, 1 << 40
 
-MAX_FLAGS, MAX_FLAG_CHARACTERS = 64, 1024
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 _MAX_LITERAL_CHARACTERS = 1 << 20  # reading one takes a hundred times its memory
 _EMBEDDED_PREFIX = "hidden_conventions:"
 
@@ -102,9 +99,7 @@ class _CheckerRow(_Row):
 
 class _ValidatorRow(_Row):
     validator: Annotated[dict[str, str], Field(min_length=1)]
-    flags: Annotated[
-        list[Annotated[str, Field(max_length=MAX_FLAG_CHARACTERS)]], Field(max_length=MAX_FLAGS)
-    ] = []
+    flags: list[str] = []
 
 
 def _tag_of_judge(value: Any) -> str:
@@ -448,38 +443,14 @@ def require_judgeable(problem: Problem, place: str, *, max_test_bytes: int) -> N
     if "```" in problem.stub:
         raise ConfigError(f"{place}: field 'stub': three backticks would end the code that it begins")
     if isinstance(problem.judge, Validator):
-        _require_usable_validator(problem.judge, kind, place, max_test_bytes)
+        if kind is not Test:
+            raise ConfigError(
+                f"{place}: field 'judge.validator': it reads outputs, and these tests give values; leave it out"
+            )
+        require_usable(problem.judge, place, max_test_bytes)
     for name in ("public_tests", "private_tests"):
         for index, test in enumerate(getattr(problem, name)):
             _require_usable(test, place, f"{name}.{index}", max_test_bytes)
-
-
-def _require_usable_validator(validator: Validator, kind: type, place: str, max_test_bytes: int) -> None:
-    if kind is not Test:
-        raise ConfigError(
-            f"{place}: field 'judge.validator': a validator reads an output, and these tests have values; "
-            "leave it out"
-        )
-    for name in validator.files:
-        if not (_FILE_NAME.fullmatch(name) and name.endswith(SOURCE_ENDINGS + HEADER_ENDINGS)):
-            raise ConfigError(
-                f"{place}: field 'judge.validator': {name!r} is no name of a C++ file in the validator's own "
-                "folder; give one like 'validate.cc' or 'validate.h'"
-            )
-    if not any(name.endswith(SOURCE_ENDINGS) for name in validator.files):
-        raise ConfigError(
-            f"{place}: field 'judge.validator': nothing to compile; give a file that ends with one of "
-            + ", ".join(SOURCE_ENDINGS)
-        )
-    size = sum(len(text.encode()) for text in validator.files.values())
-    if size > max_test_bytes:
-        raise ConfigError(
-            f"{place}: field 'judge.validator': {size:,} bytes, and problems.max_test_bytes = "
-            f"{max_test_bytes:,}; raise it or take the problem out"
-        )
-    for flag in validator.flags:
-        if "\0" in flag:
-            raise ConfigError(f"{place}: field 'judge.flags': {flag!r} holds a NUL; leave that out")
 
 
 def _require_usable(test: ProblemTest, place: str, name: str, max_test_bytes: int) -> None:

@@ -7,6 +7,7 @@ input, of the answer and of a folder for feedback, its flags, and the output on 
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ HEADER_ENDINGS = (".h", ".hh", ".hpp", ".hxx", ".h++")
 VALIDATOR_LIMITS = Limits(cpu_s=60.0, memory_bytes=2 << 30, file_bytes=16 << 20)
 
 _COMPILERS, _SEEN_IN_SANDBOX = ("g++", "clang++", "c++"), "/usr/local/bin:/usr/bin:/bin"
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
+_MOST_FLAG_BYTES = 1 << 16  # of one argument Linux takes twice as many
 _EXECUTABLE = "validator.out"
 _CALL = f'./{_EXECUTABLE} "$1" "$3" feedback/ %s < "$2"; test $? -eq 42'  # what no checker may say is a no
 
@@ -56,6 +59,33 @@ def compiler() -> str:
         f"a validator is written in C++, and there is none of {', '.join(_COMPILERS)} in {_SEEN_IN_SANDBOX}; "
         "install one (Debian and Ubuntu: apt-get install g++)"
     )
+
+
+def require_usable(validator: Validator, place: str, max_bytes: int) -> None:
+    """Raises ConfigError with the place and the field: no sources, names that are none, or too much of it."""
+    for name in validator.files:
+        if not (_FILE_NAME.fullmatch(name) and name.endswith(SOURCE_ENDINGS + HEADER_ENDINGS)):
+            raise ConfigError(
+                f"{place}: field 'judge.validator': {name!r} is no name of a C++ file of one folder; give "
+                "names like 'validate.cc' and 'validate.h'"
+            )
+    if not any(name.endswith(SOURCE_ENDINGS) for name in validator.files):
+        raise ConfigError(
+            f"{place}: field 'judge.validator': nothing to compile; give a file with one of the endings "
+            + ", ".join(SOURCE_ENDINGS)
+        )
+    size = sum(len(text.encode()) for text in validator.files.values())
+    if size > max_bytes:
+        raise ConfigError(
+            f"{place}: field 'judge.validator': {size:,} bytes, and problems.max_test_bytes = {max_bytes:,}; "
+            "raise it or take the problem out"
+        )
+    size = len(shlex.join(validator.flags).encode())
+    if size > _MOST_FLAG_BYTES or any("\0" in flag for flag in validator.flags):
+        raise ConfigError(
+            f"{place}: field 'judge.flags': {size:,} bytes; give at most {_MOST_FLAG_BYTES:,}, and no NUL among "
+            "them"
+        )
 
 
 def require_validators(problems: Sequence[Problem], executor: Executor) -> None:

@@ -24,7 +24,7 @@ def of_secret(flags: str) -> dict[str, str | None]:
 MIN_GROUPS = {
     f"data/secret/g{number}/testdata.yaml": "grader_flags: min\naccept_score: 40\n" for number in (1, 2)
 }
-AVERAGE_OF_THE_FIRST = {  # groups have 3, 1, 1 and 1 points; where the second fails, the first two have 3 and 0
+AVERAGE_OF_THE_FIRST = {  # groups give 3, 1, 1 and 1 points, and if judging ends at the second, 3 and 0
     "data/secret/g1/testdata.yaml": "accept_score: 3\n",
     "data/secret/g2/testdata.yaml": "grader_flags: min\n",
     **{f"data/secret/g{number}/a.{ending}": "1\n" for number in (3, 4) for ending in ("in", "ans")},

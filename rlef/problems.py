@@ -445,7 +445,7 @@ def require_judgeable(problem: Problem, place: str, *, max_test_bytes: int) -> N
     if isinstance(problem.judge, Validator):
         if kind is not Test:
             raise ConfigError(
-                f"{place}: field 'judge.validator': it reads outputs, and these tests give values; leave it out"
+                f"{place}: field 'judge.validator': it reads text, and these tests give values; leave it out"
             )
         require_usable(problem.judge, place, max_test_bytes)
     for name in ("public_tests", "private_tests"):

@@ -83,8 +83,8 @@ def require_usable(validator: Validator, place: str, max_bytes: int) -> None:
     size = len(shlex.join(validator.flags).encode())
     if size > _MOST_FLAG_BYTES or any("\0" in flag for flag in validator.flags):
         raise ConfigError(
-            f"{place}: field 'judge.flags': {size:,} bytes; give at most {_MOST_FLAG_BYTES:,}, and no NUL among "
-            "them"
+            f"{place}: field 'judge.flags': {size:,} bytes; give at most {_MOST_FLAG_BYTES:,}, and no "
+            "NUL among them"
         )
 
 

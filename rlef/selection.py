@@ -68,13 +68,22 @@ def rates_in(
     """By problem id, over all dialogs with true feedback of evaluations that have ended.
 
     Raises:
-        ConfigError: a folder is not one of these, or has no such dialogs, or has some of several temperatures
+        ConfigError: a folder is not one of these, or has no such dialogs, or they are of several temperatures
             and none is named.
     """
     rates: dict[str, ProblemRate] = defaultdict(ProblemRate)
+    temperatures: set[float] = set()
     for folder in folders:
         ended = read_ended(folder)
-        for draw in _draws_of(ended, temperature):
+        draws = _draws_of(ended, temperature)
+        temperatures.update(draw.temperature for draw in draws)
+        if len(temperatures) > 1:
+            found = ", ".join(f"{each:g}" for each in sorted(temperatures))
+            raise ConfigError(
+                f"--rates {folder}: with it there are dialogs at the temperatures {found}; name one of them "
+                "by --temperature"
+            )
+        for draw in draws:
             if turns is not None and turns > draw.turns:
                 raise ConfigError(
                     f"--turns {turns}: the dialogs in {folder} have at most {draw.turns}; use at most that"
@@ -90,11 +99,10 @@ def _draws_of(ended: Ended, temperature: float | None) -> list[Draw]:
     if not draws:
         raise ConfigError(f"{ended.path} has no dialogs with true feedback; evaluate with it")
     chosen = [draw for draw in draws if temperature in (None, draw.temperature)]
-    if len({draw.temperature for draw in chosen}) != 1:
+    if not chosen:
         found = ", ".join(sorted({f"{draw.temperature:g}" for draw in draws}))
-        given = "" if temperature is None else f"--temperature {temperature:g}: "
         raise ConfigError(
-            f"{given}{ended.path} has dialogs at the temperatures {found}; name one of them by --temperature"
+            f"--temperature {temperature:g}: the dialogs in {ended.path} are at {found}; name one of these"
         )
     return chosen
 

@@ -28,8 +28,12 @@ from rlef.pretrained import model_folder
 from rlef.shards import stage_weights
 from tests.small_runs import ROOT
 
-NODES = {"one_node_8b": 1, "paper_8b": 36, "paper_70b": 288}
-MODELS = {"one_node_8b": "llama-3.1-8b", "paper_8b": "llama-3.1-8b", "paper_70b": "llama-3.1-70b"}
+NODES = {"one_node_8b": 1, "codecontests_8b": 36, "codecontests_70b": 288}
+MODELS = {
+    "one_node_8b": "llama-3.1-8b",
+    "codecontests_8b": "llama-3.1-8b",
+    "codecontests_70b": "llama-3.1-70b",
+}
 
 
 def file_of(name: str) -> Path:
@@ -110,7 +114,7 @@ def ablations() -> dict[str, list[str]]:
     return {name: overrides.split() for name, overrides in rows}
 
 
-@pytest.mark.parametrize("name", ["tiny", "paper_8b"])
+@pytest.mark.parametrize("name", ["tiny", "codecontests_8b"])
 def test_every_ablation_passes_the_checks_of_a_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,12 +148,12 @@ def test_the_layout_of_a_run_file_fits_80_gb_and_the_trainer_can_run_it(name: st
 
 
 def test_the_70b_run_file_is_the_best_that_the_plan_finds_and_divides_gpus_as_the_paper_did() -> None:
-    plan = plan_of("paper_70b")
-    assert plan.runnable is plan.best is planned("paper_70b")
+    plan = plan_of("codecontests_70b")
+    assert plan.runnable is plan.best is planned("codecontests_70b")
     assert (plan.best.layout.training_gpus, plan.best.layout.sampling_gpus) == (1024, 1280)
 
 
-@pytest.mark.parametrize("name", ["paper_8b", "paper_70b"])
+@pytest.mark.parametrize("name", ["codecontests_8b", "codecontests_70b"])
 def test_the_paper_run_files_change_no_constant_of_the_paper(name: str) -> None:
     config = load_config(file_of(name))
     assert (config.rewards, config.optimizer) == (Config().rewards, Config().optimizer)
@@ -158,7 +162,7 @@ def test_the_paper_run_files_change_no_constant_of_the_paper(name: str) -> None:
     )
     assert config.rollout.model_copy(update={"sampler": "torch", "max_staleness": 0}) == Config().rollout
     updates = config.run.steps * config.ppo.updates_per_step
-    assert updates == {"paper_8b": 12_000, "paper_70b": 8_000}[name]
+    assert updates == {"codecontests_8b": 12_000, "codecontests_70b": 8_000}[name]
 
 
 @pytest.mark.parametrize("name", NODES)

@@ -113,7 +113,7 @@ def test_a_problem_that_was_not_evaluated_is_dropped_if_asked(problems: Path, ra
         (("--min-solve-rate", "0.6", "--max-solve-rate", "0.9", "--drop-unknown"), "no problem is kept ("),
         (("--min-solve-rate", "0.6", "--max-solve-rate", "0.5"), "--min-solve-rate 0.6 is above "),
         (("--turns", "3"), "--turns 3: the dialogs in {rates} have at most 2; use at most that"),
-        (("--temperature", "0.5"), "--temperature 0.5: {rates} has dialogs at the temperatures 1; name one"),
+        (("--temperature", "0.5"), "--temperature 0.5: the dialogs in {rates} are at 1; name one of these"),
     ],
 )
 def test_what_selects_nothing_or_was_not_drawn_is_refused_and_writes_nothing(
@@ -136,9 +136,24 @@ def test_rates_of_other_problems_are_refused(problems: Path, rates: Path) -> Non
 def test_of_several_temperatures_one_must_be_named(tmp_path: Path) -> None:
     budgets = tuple(Budget(n=1, k=2, temperature=each, top_p=1.0) for each in (0.2, 1.0))
     folder = evaluated(tmp_path / "two", [SOMETIMES], budgets=budgets)
-    with pytest.raises(ConfigError, match=r"two has dialogs at the temperatures 0\.2, 1; name one of them "):
+    with pytest.raises(
+        ConfigError, match=r"two: with it there are dialogs at the temperatures 0\.2, 1; name one"
+    ):
         rates_in([folder])
     assert rates_in([folder], temperature=1.0)["p0"].dialogs == 2
+
+
+def test_dialogs_of_two_folders_at_different_temperatures_are_not_counted_together(tmp_path: Path) -> None:
+    cold, warm = (
+        evaluated(
+            tmp_path / name, [SOMETIMES], budgets=(Budget(n=1, k=2, temperature=temperature, top_p=1.0),)
+        )
+        for name, temperature in (("cold", 0.2), ("warm", 1.0))
+    )
+    with pytest.raises(
+        ConfigError, match=r"warm: with it there are dialogs at the temperatures 0\.2, 1; name one"
+    ):
+        rates_in([cold, warm])
 
 
 def test_dialogs_without_true_feedback_give_no_rates(tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ MAX_TESTS_PER_PROBLEM_BYTES = 16  # times `problems.max_test_bytes`: the longest
 MAX_TIME_LIMIT_S = 3600.0
 MIN_MEMORY_LIMIT_BYTES, MAX_MEMORY_LIMIT_BYTES = 1 << 20, 1 << 40
 
-
 _MAX_LITERAL_CHARACTERS = 1 << 20  # reading one takes a hundred times its memory
 _EMBEDDED_PREFIX = "hidden_conventions:"
 

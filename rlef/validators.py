@@ -25,7 +25,7 @@ _COMPILERS, _SEEN_IN_SANDBOX = ("g++", "clang++", "c++"), "/usr/local/bin:/usr/b
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 _MOST_FLAG_BYTES = 1 << 16  # of one argument Linux takes twice as many
 _EXECUTABLE = "validator.out"
-_CALL = f'./{_EXECUTABLE} "$1" "$3" feedback/ %s < "$2"; test $? -eq 42'  # what no checker may say is a no
+_CALL = f'./{_EXECUTABLE} "$1" "$3" feedback/ %s < "$2"; test $? -eq 42'  # 0 where it says 42, else 1
 
 
 def checker_of(validator: Validator) -> Checker:

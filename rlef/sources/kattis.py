@@ -131,6 +131,7 @@ def _problem(row: Fields, choices: Choices, executor: Executor | None) -> Proble
 
 
 def _is_scoring(settings: Fields) -> bool:
+    """Whether it has scores. Raises UnusableProblemError where tests are not judged one by one, once each."""
     kinds = settings.get("type") or "pass-fail"
     words = kinds.split() if isinstance(kinds, str) else list(kinds) if isinstance(kinds, list) else [kinds]
     words += str(settings.get("validation") or "").split()

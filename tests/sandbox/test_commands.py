@@ -391,6 +391,8 @@ def test_checkers_can_be_built_ahead_and_one_that_cannot_is_a_fault_of_ours(exec
     assert [result.verdict.value for result in executor.build_checkers(judges)] == list(builds)
     with pytest.raises(SandboxFault, match="the checker cannot be built: exception: broken"):
         executor.run("print(1)", [Test("", "")], judge=judges[1])
+    with pytest.raises(ValueError, match="checkers: give those that have a build"):
+        executor.build_checkers([Checker(program=Command(["./checker"]))])
     nothing = Checker(program=Command(["./checker"]), build=shell("true", outputs=["checker"]))
     with pytest.raises(SandboxFault, match="the checker cannot be built: its build left nothing"):
         executor.run("print(1)", [Test("", "")], judge=nothing)

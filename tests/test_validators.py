@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from rlef import validators
+from rlef.cli import main
 from rlef.config import Config, ConfigError
 from rlef.execution import SparingExecutor
 from rlef.judging import job_of
@@ -17,6 +19,7 @@ from rlef.problems import load, write_jsonl
 from rlef.records import Problem, Validator
 from rlef.validators import VALIDATOR_LIMITS, checker_of, require_validators
 from rlef_sandbox import Checker, Job, SandboxFault, Test, Verdict
+from tests.small_runs import one_process_job, run_file
 
 # What it does is said by its flag; without one it accepts the sum, and wants all that the format promises it.
 FILES = {
@@ -133,6 +136,19 @@ def test_a_validator_that_does_not_compile_is_named_before_anything_runs(
         require_validators([problem(), broken, replace(broken, id="another")], executor)
     with pytest.raises(SandboxFault, match="the checker cannot be built: exception: "):
         executor.run_many([job_of(broken, ADD, broken.public_tests)])
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_no_run_begins_with_a_validator_that_does_not_compile(
+    tmp_path: Path, random_model: Path, command: str
+) -> None:
+    broken = problem(files={"a.cc": "int main() { return yes; }"})
+    write_jsonl(tmp_path / "broken.jsonl", iter([broken]))
+    settings = [f"model.path={random_model}", f"problems.eval={tmp_path / 'broken.jsonl'}"]
+    with one_process_job():
+        result = CliRunner().invoke(main, [command, str(run_file(tmp_path)), *settings])
+    assert result.exit_code == 2
+    assert "rlef: error: problem 'sum': field 'judge.validator': it does not compile here" in result.output
 
 
 def test_without_a_compiler_loading_the_file_says_what_to_install(

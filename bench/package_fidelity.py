@@ -1,16 +1,17 @@
 """Whether verdicts are as the labels of published problem packages say.
 
-    python bench/package_fidelity.py FOLDER [--only NAME ...]
+    python bench/package_fidelity.py FOLDER [--pypy /usr/bin/pypy3] [--only NAME ...]
 
 FOLDER holds problem packages as Kattis and the ICPC write them (docs/problems.md names some). Each
 submission that is one file of Python or C++ is judged on all tests: those in `accepted` should pass them, and
 those in the folders for wrong ones should not. C++ is compiled with the machine's g++, in the sandbox.
+Python runs in CPython, as the programs of a policy do; but labels of Python are for PyPy, and `--pypy` runs
+it there instead, as a command.
 
 A package that states no time limit has the one that its format defines: a multiple of what the slowest
-accepted submission takes, in whole seconds. Here it is of the submissions in the same language, since labels
-of Python are for PyPy and ours is CPython. Where a limit is stated, Python has ten times as much.
-Exceptions are named. The last line of standard output is JSON: the shares of verdicts as labelled, and of
-failures of the kind that the folder's name says.
+accepted submission takes, in whole seconds, here of those in the same language. Accepted ones have as long
+as `PATIENCE_S`, or 10 s in CPython. Exceptions are named. The last line of standard output is JSON: the
+shares of verdicts as labelled, and of failures of the kind that the folder's name says.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from rlef.sources.common import Choices
 from rlef.sources.convert import Conversion, convert
 from rlef_sandbox import Command, Executor, Job, Result, Verdict
 
-PATIENCE_S = 100.0  # for accepted submissions of a package that states no limit
-PYTHON_IS_SLOWER = 10  # times: what PyPy may be ahead of CPython
+PATIENCE_S = 60.0  # for accepted submissions of a package that states no limit
+PATIENCE_WITH_CPYTHON_S = 10.0  # it may take a hundred times as long as PyPy
 # The format leaves memory to the judge; problemtools has 2 GiB.
 DEFAULTS = ExecutorConfig(default_time_limit_s=PATIENCE_S, default_memory_limit_bytes=2 << 30)
 STACK_BYTES = 256 << 20
@@ -55,7 +56,7 @@ class Submission:
     label: str  # the folder
     name: str
     language: str
-    program: str | Command
+    program: str | Command | None  # None if it does not compile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ class Judged:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--pypy", default="", metavar="PATH", help="runs Python; CPython if left out")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of these packages alone")
     arguments = parser.parse_args()
     judged, not_compiled = list[Judged](), list[str]()
@@ -94,7 +96,7 @@ def main() -> None:
             if arguments.only and problem.id not in arguments.only:
                 continue
             package = arguments.folder / problem.id
-            for each in judgements(problem, package, executor, not_compiled):
+            for each in judgements(problem, package, executor, arguments.pypy, not_compiled):
                 judged.append(each)
                 if not each.of_the_labelled_kind:
                     print(each, flush=True)
@@ -116,43 +118,40 @@ def converted(packages: Path, folder: Path, executor: Executor) -> tuple[list[Pr
 
 
 def judgements(
-    problem: Problem, package: Path, executor: Executor, not_compiled: list[str]
+    problem: Problem, package: Path, executor: Executor, pypy: str, not_compiled: list[str]
 ) -> Iterator[Judged]:
-    """Of each language the accepted submissions first: they may set the others' time limit."""
-    for language in dict.fromkeys(LANGUAGES.values()):
-        submissions = [
-            submission
-            for label in KINDS
-            for submission in submissions_of(package, label, language, executor, not_compiled)
-        ]
-        accepted = [each for each in submissions if each.label == "accepted"]
-        wrong = [each for each in submissions if each.label != "accepted"]
-        states_limit = problem.time_limit_s != PATIENCE_S
-        factor = PYTHON_IS_SLOWER if states_limit and language == "Python" else 1
-        limited = replace(problem, time_limit_s=factor * problem.time_limit_s)
-        slowest_s = 0.0
-        for each, results in results_of(limited, accepted, executor):
-            slowest_s = max(slowest_s, *(result.cpu_s for result in results))
-            yield judged_as(limited, each, results)
-        if not states_limit and accepted:
-            limit_s = max(1, math.ceil(time_multiplier(package) * slowest_s))
-            limited = replace(problem, time_limit_s=min(limit_s, PATIENCE_S))
-        for each, results in results_of(limited, wrong, executor):
-            yield judged_as(limited, each, results)
-
-
-def submissions_of(
-    package: Path, label: str, language: str, executor: Executor, not_compiled: list[str]
-) -> Iterator[Submission]:
-    for path in sorted((package / "submissions" / label).glob("*")):
-        if LANGUAGES.get(path.suffix) != language:
-            continue
-        source = path.read_bytes()
-        program = source.decode("utf-8") if language == "Python" else compiled(source, executor)
-        if program is None:
-            not_compiled.append(f"{package.name} {label}/{path.name}")
+    """Of all submissions; those that do not compile are added to `not_compiled`."""
+    submissions = list[Submission]()
+    for submission in submissions_of(package, executor, pypy):
+        if submission.program is None:
+            not_compiled.append(f"{problem.id} {submission.label}/{submission.name}")
         else:
-            yield Submission(label=label, name=path.name, language=language, program=program)
+            submissions.append(submission)
+    for language in dict.fromkeys(LANGUAGES.values()):
+        of_language = [each for each in submissions if each.language == language]
+        is_slow = language == "Python" and not pypy
+        patience_s = PATIENCE_WITH_CPYTHON_S if is_slow else PATIENCE_S
+        yield from judgements_of_language(
+            problem, of_language, executor, patience_s, time_multiplier(package)
+        )
+
+
+def submissions_of(package: Path, executor: Executor, pypy: str) -> Iterator[Submission]:
+    for label in KINDS:
+        for path in sorted((package / "submissions" / label).glob("*")):
+            if path.suffix in LANGUAGES:
+                language = LANGUAGES[path.suffix]
+                program = program_of(path.read_bytes(), language, executor, pypy)
+                yield Submission(label=label, name=path.name, language=language, program=program)
+
+
+def program_of(source: bytes, language: str, executor: Executor, pypy: str) -> str | Command | None:
+    """None where the compiler refuses it."""
+    if language == "Python" and not pypy:
+        return source.decode("utf-8")
+    if language == "Python":
+        return Command([pypy, "program.py"], files={"program.py": source}, stack_bytes=STACK_BYTES)
+    return compiled(source, executor)
 
 
 def compiled(source: bytes, executor: Executor) -> Command | None:
@@ -162,6 +161,29 @@ def compiled(source: bytes, executor: Executor) -> Command | None:
     if built.verdict is not Verdict.PASSED:
         return None
     return Command(["./program"], files=built.files, stack_bytes=STACK_BYTES)
+
+
+def judgements_of_language(
+    problem: Problem,
+    submissions: Sequence[Submission],
+    executor: Executor,
+    patience_s: float,
+    multiplier: float,
+) -> Iterator[Judged]:
+    """The accepted submissions first: they set the others' time limit if none is stated."""
+    states_limit = problem.time_limit_s != PATIENCE_S
+    limited = problem if states_limit else replace(problem, time_limit_s=patience_s)
+    accepted = [each for each in submissions if each.label == "accepted"]
+    slowest_s = 0.0
+    for each, results in results_of(limited, accepted, executor):
+        slowest_s = max(slowest_s, *(result.cpu_s for result in results))
+        yield judged_as(limited, each, results)
+    if accepted and not states_limit:
+        limit_s = min(max(1, math.ceil(multiplier * slowest_s)), patience_s)
+        limited = replace(problem, time_limit_s=limit_s)
+    wrong = [each for each in submissions if each.label != "accepted"]
+    for each, results in results_of(limited, wrong, executor):
+        yield judged_as(limited, each, results)
 
 
 def time_multiplier(package: Path) -> float:
@@ -183,6 +205,7 @@ def results_of(
 def whole_job(problem: Problem, submission: Submission) -> Job:
     tests = [*problem.public_tests, *problem.private_tests]
     job = job_of(problem, "", tests, stop_at_first_failure=True)
+    assert submission.program is not None
     return replace(job, program=submission.program)
 
 

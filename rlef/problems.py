@@ -39,8 +39,8 @@ Part = Literal["train", "eval"]
 MAX_TESTS_PER_PROBLEM_BYTES = 16  # times `problems.max_test_bytes`: the longest line that is read
 MAX_TIME_LIMIT_S = 3600.0
 MIN_MEMORY_LIMIT_BYTES, MAX_MEMORY_LIMIT_BYTES = 1 << 20, 1 << 40
+MAX_LITERAL_CHARACTERS = 1 << 20  # reading one takes a hundred times its memory
 
-_MAX_LITERAL_CHARACTERS = 1 << 20  # reading one takes a hundred times its memory
 _EMBEDDED_PREFIX = "hidden_conventions:"
 
 
@@ -462,7 +462,7 @@ def _require_usable(test: ProblemTest, place: str, name: str, max_test_bytes: in
     if isinstance(test, Expression) and not _is_literal(test.expected):
         raise ConfigError(
             f"{place}: field '{name}.expected': not a literal of Python of at most "
-            f"{_MAX_LITERAL_CHARACTERS:,} characters; write a value such as (1, 'a')"
+            f"{MAX_LITERAL_CHARACTERS:,} characters; write a value such as (1, 'a')"
         )
     if isinstance(test, Assertion) and not test.code.strip():
         raise ConfigError(
@@ -471,7 +471,7 @@ def _require_usable(test: ProblemTest, place: str, name: str, max_test_bytes: in
 
 
 def _is_literal(text: str) -> bool:
-    if len(text) > _MAX_LITERAL_CHARACTERS:
+    if len(text) > MAX_LITERAL_CHARACTERS:
         return False
     try:
         ast.literal_eval(text)

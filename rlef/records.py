@@ -47,9 +47,10 @@ class Validator:
     flags: tuple[str, ...] = ()
 
 
-ProblemFlag = Literal["interactive", "several_answers"]
+ProblemFlag = Literal["interactive", "several_answers", "tests_left_out"]
 """What no comparison of outputs can judge: a dialog with a judge, and statements that accept several answers
-where the tests name one."""
+where the tests name one. Then, what the problem lacks of its source: tests whose answers would take too long
+or be too large."""
 
 
 FeedbackDialect = Literal["code_contests", "evalplus"]

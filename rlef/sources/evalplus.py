@@ -29,7 +29,7 @@ from rlef.sources.common import (
     text_field,
 )
 from rlef.sources.human_eval import completion_request, prelude_of, stub_of
-from rlef.sources.references import values_of
+from rlef.sources.references import values_within_limits
 from rlef_sandbox import Checker, Executor, Judge, Tokens
 
 _FLOAT_TOLERANCE, _RELATIVE_TOLERANCE = 1e-6, 1e-7
@@ -105,18 +105,23 @@ def _with_expected(
 ) -> Problem:
     tests = [*problem.public_tests, *problem.private_tests]
     calls = [test.code for test in tests if isinstance(test, Expression)]
-    expected = values_of(problem, problem.solutions[0], calls, choices, executor)
+    values = values_within_limits(problem, problem.solutions[0], calls, choices, executor)
     alternative = _ALTERNATIVES.get(problem.function) if is_mbpp else None
-    if alternative:
-        pairs = zip(expected, inputs, strict=True)
-        expected = [f"({value}, {_alternative(alternative, arguments)})" for value, arguments in pairs]
-    told = [Expression(call, value) for call, value in zip(calls, expected, strict=True)]
-    count = len(problem.public_tests)
+    told: list[list[Expression]] = [[], []]  # public and private ones
+    for index, (call, value) in enumerate(zip(calls, values, strict=True)):
+        if value is not None:
+            expected = f"({value}, {_alternative(alternative, inputs[index])})" if alternative else value
+            told[index >= len(problem.public_tests)].append(Expression(call, expected))
+    public, private = told
+    if not public or not private:
+        raise UnusableProblemError(Reason.REFERENCE_FAILS, "within the limits on too few inputs")
+    kept = [value for value in values if value is not None]
     return replace(
         problem,
-        public_tests=tuple(told[:count]),
-        private_tests=tuple(told[count:]),
-        judge=_EITHER if alternative else _judge(row, expected),
+        public_tests=tuple(public),
+        private_tests=tuple(private),
+        judge=_EITHER if alternative else _judge(row, kept),
+        flags=("tests_left_out",) if len(kept) < len(values) else (),
     )
 
 

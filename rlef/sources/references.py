@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from rlef.judging import job_of
+from rlef.problems import MAX_LITERAL_CHARACTERS
 from rlef.records import Expression, Problem
 from rlef.sources.common import Choices, Reason, UnusableProblemError, read_json
-from rlef_sandbox import Executor, Verdict
+from rlef_sandbox import Executor, Result, Verdict
 
 
 def values_of(
@@ -20,18 +21,55 @@ def values_of(
     Raises:
         UnusableProblemError: one of them raises, exceeds a limit, or has a value that is too large.
     """
+    values = []
+    for value in _outcomes(problem, program, expressions, choices, executor):
+        if isinstance(value, _Exceeded):
+            raise value.error
+        values.append(value)
+    return values
+
+
+def values_within_limits(
+    problem: Problem, program: str, expressions: Sequence[str], choices: Choices, executor: Executor
+) -> list[str | None]:
+    """As `values_of`, but None for an expression that exceeds a limit or has a value that is too large."""
+    outcomes = _outcomes(problem, program, expressions, choices, executor)
+    return [None if isinstance(value, _Exceeded) else value for value in outcomes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Exceeded:
+    """A value that is not to be had within the limits."""
+
+    error: UnusableProblemError
+
+
+_LIMITS = {Verdict.TIMEOUT, Verdict.OUT_OF_MEMORY, Verdict.OUTPUT_LIMIT}
+
+
+def _outcomes(
+    problem: Problem, program: str, expressions: Sequence[str], choices: Choices, executor: Executor
+) -> Iterator[str | _Exceeded]:
     job = job_of(problem, program, [Expression(expression, "None") for expression in expressions])
     assert job.limits is not None
     limits = replace(job.limits, kept_output_bytes=choices.max_test_bytes)
     (results,) = executor.run_many([replace(job, judge="any", limits=limits)])
-    values = []
     for index, result in enumerate(results):
-        if result.verdict is not Verdict.PASSED or result.stdout_truncated:
-            said = result.stderr.strip().rpartition("\n")[2][:100]
-            what = "too much to keep" if result.verdict is Verdict.PASSED else result.verdict.value
-            raise UnusableProblemError(Reason.REFERENCE_FAILS, f"on input {index}: {what} {said}".rstrip())
+        if result.verdict in _LIMITS or result.stdout_truncated:
+            yield _Exceeded(_failed(index, result, "too much to keep"))
+            continue
+        if result.verdict is not Verdict.PASSED:
+            raise _failed(index, result)
         value = read_json(result.stdout)
         if not isinstance(value, str):
             raise UnusableProblemError(Reason.REFERENCE_FAILS, f"on input {index}: it prints over its value")
-        values.append(value)
-    return values
+        if len(value) > MAX_LITERAL_CHARACTERS:
+            yield _Exceeded(_failed(index, result, f"a value of {len(value):,} characters"))
+            continue
+        yield value
+
+
+def _failed(index: int, result: Result, what_passed: str = "") -> UnusableProblemError:
+    said = result.stderr.strip().rpartition("\n")[2][:100]
+    what = what_passed if result.verdict is Verdict.PASSED else result.verdict.value
+    return UnusableProblemError(Reason.REFERENCE_FAILS, f"on input {index}: {what} {said}".rstrip())

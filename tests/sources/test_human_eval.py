@@ -162,6 +162,18 @@ def test_a_root_is_judged_by_the_value_of_the_polynomial(tmp_path: Path, executo
     assert not examples.passes(executor, problem, "def find_zero(xs): return -xs[0] / xs[1] + 1e-3")
 
 
+def test_an_input_on_which_the_reference_exceeds_a_limit_is_left_out_and_the_problem_flagged(
+    tmp_path: Path, executor: Executor
+) -> None:
+    """One value has more characters than a literal may, one more than is kept, one takes for ever."""
+    row = mbpp(
+        "f", "return 'x' * given[0] if given[0] > 0 else sum(iter(int, 1))", [1], [1 << 21], [9**9], [0]
+    )
+    (problem,) = found("mbppplus", examples.json_lines(tmp_path / "M.jsonl", [row]), executor)
+    assert [test.code for test in problem.private_tests] == ["f(1)"]
+    assert problem.flags == ("tests_left_out",)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rlef import assertions
-from rlef.records import Assertion, Expression, Problem, ProblemTest, text_input
+from rlef.records import Assertion, Expression, Problem, ProblemTest, Validator, text_input
+from rlef.validators import checker_of
 from rlef_sandbox import Call, Checker, Command, Job, Judge, Limits, Result, Test, Tokens
 
 CHECKER_LIMITS = Limits(cpu_s=60.0, memory_bytes=2 << 30)
@@ -183,7 +184,9 @@ def job_of(
             program += _APPENDED % ("", _RUNNER, "execute")
         function, judge = "rlef_run", None
         texts = [_asserted(test) for test in tests]
-    if isinstance(judge, Checker) and kind in (Test, Call):
+    if isinstance(judge, Validator):
+        judge = checker_of(judge)
+    elif isinstance(judge, Checker) and kind in (Test, Call):
         judge = _guarded(judge, is_value=False)
     return Job(
         program,
@@ -256,8 +259,9 @@ def _asserted(test: ProblemTest) -> Call:
     return Call([test.code, passed], passed)
 
 
-def _value_judge(judge: Judge | None) -> Checker:
+def _value_judge(judge: Judge | Validator | None) -> Checker:
     """By which values are compared: equal ones, near ones, or those that the problem's checker accepts."""
+    assert not isinstance(judge, Validator), "validators judge text, as `require_judgeable` says"
     if isinstance(judge, Checker):
         return _guarded(judge, is_value=True)
     near = judge if isinstance(judge, Tokens) else Tokens()

@@ -27,6 +27,7 @@ from rlef.rollout import collect as collect_in_lockstep
 from rlef.samplers import build_sampler
 from rlef.streaming import collect_overlapped
 from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
+from rlef.validators import require_validators
 
 
 class EvaluationSettings(TypedDict):
@@ -69,6 +70,7 @@ class OwnRollouts:
         self._unrelated = unrelated_feedback(problems, config.rollout)
         self._unrelated_held_out = unrelated_feedback(self._eval_problems, config.rollout)
         self._executor = stack.enter_context(open_executor(config.executor, ranks=job.engine_ranks))
+        require_validators([*problems, *self._eval_problems], self._executor)
         self._asynchronous: AsynchronousRollouts | None = None  # until `start`
         self._device = job.device
         self._stack = stack

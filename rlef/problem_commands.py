@@ -82,7 +82,7 @@ def convert_problems(
 ) -> None:
     """Write the problems of published files to OUTPUT, a JSONL file: docs/problems.md names the formats."""
     from rlef.sources.common import Choices
-    from rlef.sources.convert import FORMATS, RUNS_REFERENCES, convert
+    from rlef.sources.convert import FORMATS, USES_SANDBOX, convert
 
     if format_name not in FORMATS:
         raise ConfigError(f"there is no format {format_name!r}; use one of {', '.join(FORMATS)}")
@@ -107,7 +107,7 @@ def convert_problems(
             drop_duplicates=drop_duplicates,
             executor=(
                 stack.enter_context(_executor(workers, allow_missing))
-                if format_name in RUNS_REFERENCES
+                if format_name in USES_SANDBOX
                 else None
             ),
         )

@@ -28,8 +28,10 @@ from rlef.records import (
     Problem,
     ProblemFlag,
     ProblemTest,
+    Validator,
     text_input,
 )
+from rlef.validators import compiler, require_usable
 from rlef_sandbox import Call, Checker, Judge, Test, Tokens
 
 Part = Literal["train", "eval"]
@@ -94,16 +96,22 @@ class _CheckerRow(_Row):
     checker: Annotated[str, Field(min_length=1)]
 
 
+class _ValidatorRow(_Row):
+    validator: Annotated[dict[str, str], Field(min_length=1)]
+    flags: list[str] = []
+
+
 def _tag_of_judge(value: Any) -> str:
     if isinstance(value, dict):
-        return "<checker>" if "checker" in value else "<tolerances>"
+        return next((f"<{name}>" for name in ("checker", "validator") if name in value), "<tolerances>")
     return "<name>"
 
 
 _JudgeRow = Annotated[
     Annotated[Literal["code_contests", "exact", "tokens"], Tag("<name>")]
     | Annotated[_TolerancesRow, Tag("<tolerances>")]
-    | Annotated[_CheckerRow, Tag("<checker>")],
+    | Annotated[_CheckerRow, Tag("<checker>")]
+    | Annotated[_ValidatorRow, Tag("<validator>")],
     Discriminator(_tag_of_judge),
 ]
 
@@ -174,9 +182,18 @@ def _load(config: Config, part: Part) -> list[Problem]:
                 f"{setting}: {path}: problem {problem.id!r} has the flag 'interactive', and tests cannot "
                 "judge a dialog; take it out of the file"
             )
+        if isinstance(problem.judge, Validator):
+            _require_compiler(f"{setting}: {path}: problem {problem.id!r}")
     if part == "train" and config.problems.order == "easy_first":
         hardness(problems)
     return problems if config.problems.dialect == "own" else [_without_dialect(each) for each in problems]
+
+
+def _require_compiler(place: str) -> None:
+    try:
+        compiler()
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}, or take it out of the file") from None
 
 
 def _without_dialect(problem: Problem) -> Problem:
@@ -424,6 +441,12 @@ def require_judgeable(problem: Problem, place: str, *, max_test_bytes: int) -> N
         )
     if "```" in problem.stub:
         raise ConfigError(f"{place}: field 'stub': three backticks would end the code that it begins")
+    if isinstance(problem.judge, Validator):
+        if kind is not Test:
+            raise ConfigError(
+                f"{place}: field 'judge.validator': it reads text, and these tests give values; leave it out"
+            )
+        require_usable(problem.judge, place, max_test_bytes)
     for name in ("public_tests", "private_tests"):
         for index, test in enumerate(getattr(problem, name)):
             _require_usable(test, place, f"{name}.{index}", max_test_bytes)
@@ -487,7 +510,9 @@ def _test_fields(test: ProblemTest) -> dict[str, object]:
     return {"input": text_input(test), "expected_output": test.expected_output}
 
 
-def _judge(row: str | _TolerancesRow | _CheckerRow | None) -> Judge | None:
+def _judge(row: str | _TolerancesRow | _CheckerRow | _ValidatorRow | None) -> Judge | Validator | None:
+    if isinstance(row, _ValidatorRow):
+        return Validator(files=row.validator, flags=tuple(row.flags))
     if isinstance(row, _CheckerRow):
         return Checker(program=row.checker, limits=CHECKER_LIMITS)
     if isinstance(row, _TolerancesRow):
@@ -495,7 +520,10 @@ def _judge(row: str | _TolerancesRow | _CheckerRow | None) -> Judge | None:
     return row  # type: ignore[return-value]  # one of the three names
 
 
-def _judge_fields(judge: Judge | None) -> object:
+def _judge_fields(judge: Judge | Validator | None) -> object:
+    if isinstance(judge, Validator):
+        flags = {"flags": list(judge.flags)} if judge.flags else {}
+        return {"validator": dict(judge.files), **flags}
     if isinstance(judge, Checker):
         return {"checker": judge.program}
     if isinstance(judge, Tokens):

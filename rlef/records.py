@@ -5,6 +5,7 @@ They are named in the order in which data meets them: Problem, Turn, Episode, Ba
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -37,6 +38,15 @@ class Assertion:
 ProblemTest = Test | Call | Expression | Assertion
 """Standard input and output, a call of `Problem.function` with JSON, or Python that uses the program."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validator:
+    """A judge as problem packages have it: the sources of one program in C++, called with `flags`."""
+
+    files: Mapping[str, str]  # by name: what is compiled, and its headers
+    flags: tuple[str, ...] = ()
+
+
 ProblemFlag = Literal["interactive", "several_answers", "tests_left_out"]
 """What no comparison of outputs can judge: a dialog with a judge, and statements that accept several answers
 where the tests name one. Then, what the problem lacks of its source: tests whose answers would take too long
@@ -64,7 +74,7 @@ class Problem:
     source: str
     solutions: tuple[str, ...] = ()  # programs that should pass all tests
     incorrect_solutions: tuple[str, ...] = ()  # programs that should fail one
-    judge: Judge | None = None  # None: "code_contests" for text, equal values for the other kinds
+    judge: Judge | Validator | None = None  # None: "code_contests" for text, equal values for the other kinds
     function: str = ""  # what a `Call` calls: a function, or a method of `Solution`
     prelude: str = ""  # Python that runs before each program: imports that its source takes for granted
     starter_code: str = ""  # the beginning of an answer that the source gives

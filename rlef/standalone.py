@@ -35,6 +35,7 @@ from rlef.served_rollouts import collect_served
 from rlef.shards import stage_weights
 from rlef.transcripts import Transcript, of_episode
 from rlef.unrelated import UnrelatedFeedback, unrelated_feedback
+from rlef.validators import require_validators
 from rlef_sandbox import Executor
 
 SOURCE = "source"
@@ -132,6 +133,7 @@ def _model(config: Config, problems: Sequence[Problem]) -> Iterator[_Model]:
         closing(build_sampler(config, folder, shape, end_token_id=dialog.end_token_id)) as sampler,
         open_executor(config.executor) as executor,
     ):
+        require_validators(problems, executor)
         sampler.push(weights.items(), version=0)
         yield _Model(
             sampler=sampler,
@@ -151,6 +153,7 @@ def _transcribed_model(config: Config, problems: Sequence[Problem]) -> Iterator[
 @contextmanager
 def _server(config: Config, problems: Sequence[Problem]) -> Iterator[Play[Transcript]]:
     with closing(ChatServer(config.server)) as server, open_executor(config.executor) as executor:
+        require_validators(problems, executor)
         yield functools.partial(
             collect_served,
             server=server,

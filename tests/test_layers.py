@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rlef_kernels", "rlef_sandbox"}),
     frozenset({"assertions", "config", "files", "pieces", "records"}),
-    frozenset({"arithmetic", "few_shot", "job", "judging", "ports", "stopping"}),
+    frozenset({"arithmetic", "few_shot", "job", "ports", "stopping", "validators"}),
+    frozenset({"judging"}),
     frozenset(
         {
             "advantages",

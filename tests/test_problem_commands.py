@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rlef.sources.convert import FORMATS, RUNS_REFERENCES
+from rlef.sources.convert import FORMATS, USES_SANDBOX
 from tests.small_runs import files_of_at_most
 from tests.test_cli import PROBLEM, assert_refused, rlef
 
@@ -67,7 +67,7 @@ UNUSABLE = {
 @pytest.mark.parametrize("format_name", OF_ROWS)
 def test_a_file_of_nothing_usable_is_refused_in_every_format(folder: Path, format_name: str) -> None:
     (folder / "made.jsonl").write_text("as it was\n")
-    names = ("absent.jsonl", "good.jsonl") if format_name in RUNS_REFERENCES else UNUSABLE
+    names = ("absent.jsonl", "good.jsonl") if format_name in USES_SANDBOX else UNUSABLE
     for name in names:
         assert_refused_and_nothing_made(folder, f"convert {format_name} {name} made.jsonl", UNUSABLE[name])
 

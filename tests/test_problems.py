@@ -81,6 +81,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
             "prelude": "import math",
             "starter_code": "d",
         },
+        {"judge": {"validator": {"a.cc": "int main() {}", "b.h": ""}, "flags": ["float_tolerance", "1e-6"]}},
+        {"judge": {"validator": {"a.c++": "int main() {}"}}},
         {"public_tests": [CALL], "private_tests": [CALL, CALL], "function": "solve"},
         {"public_tests": [VALUE], "private_tests": [VALUE], "function": "f"},
         {"public_tests": [VALUE], "private_tests": [VALUE], "dialect": "evalplus", "stub": "def f(n):\n"},
@@ -117,6 +119,14 @@ def test_a_test_beyond_the_limit_is_refused_with_its_size_and_the_setting(tmp_pa
         tmp_path / "p.jsonl", GOOD | {"private_tests": [{"input": "é" * 40, "expected_output": "1"}]}
     )
     with pytest.raises(ConfigError, match=r"'private_tests.0': 81 bytes, and problems.max_test_bytes = 80"):
+        list(read_jsonl(path, defaults=ExecutorConfig(), max_test_bytes=80))
+    assert len(list(read_jsonl(path, defaults=ExecutorConfig(), max_test_bytes=81))) == 1
+
+
+def test_a_validator_may_be_as_large_as_a_test(tmp_path: Path) -> None:
+    judge = {"validator": {"a.cc": "x" * 70, "b.h": "x" * 11}}
+    path = write(tmp_path / "p.jsonl", GOOD | {"judge": judge})
+    with pytest.raises(ConfigError, match=r"'judge.validator': 81 bytes, and problems.max_test_bytes = 80"):
         list(read_jsonl(path, defaults=ExecutorConfig(), max_test_bytes=80))
     assert len(list(read_jsonl(path, defaults=ExecutorConfig(), max_test_bytes=81))) == 1
 
@@ -162,6 +172,20 @@ def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
         ({"memory_limit_bytes": 10**18}, "memory_limit_bytes"),
         ({"judge": "any"}, "judge"),
         ({"judge": {"absolute": -1}}, "judge.absolute"),
+        ({"judge": {"validator": {}}}, "judge.validator"),
+        ({"judge": {"validator": {"a.cc": 1}}}, "judge.validator.a.cc"),
+        ({"judge": {"validator": {"a.h": ""}}}, "judge.validator"),
+        ({"judge": {"validator": {"a.cc": "", "../b.h": ""}}}, "judge.validator"),
+        ({"judge": {"validator": {"a.cc": "", "b.py": ""}}}, "judge.validator"),
+        ({"judge": {"validator": {"-o.cc": ""}}}, "judge.validator"),
+        ({"judge": {"validator": {"a.cc": ""}, "checks": 1}}, "judge.checks"),
+        ({"judge": {"validator": {"a.cc": ""}, "flags": "a"}}, "judge.flags"),
+        ({"judge": {"validator": {"a.cc": ""}, "flags": ["a\0"]}}, "judge.flags"),
+        ({"judge": {"validator": {"a.cc": ""}, "flags": ["a" * 70_000]}}, "judge.flags"),
+        (
+            {"judge": {"validator": {"a.cc": ""}}, "public_tests": [VALUE], "private_tests": [VALUE]},
+            "judge.validator",
+        ),
         ({"flags": ["easy"]}, "flags.0"),
         ({"solve_rate": 1.5}, "solve_rate"),
         ({"function": "f"}, "function"),

@@ -36,7 +36,7 @@ FORMATS: dict[str, Reader] = {
     "verl": _of_rows(verl.problem_of_row),
     "codeio": _of_rows(codeio.problem_of_row),
 }
-RUNS_REFERENCES = frozenset({"humanevalplus", "mbppplus", "codeio"})
+USES_SANDBOX = frozenset({"humanevalplus", "mbppplus", "codeio", "kattis"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

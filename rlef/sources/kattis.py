@@ -2,9 +2,10 @@
 
 Versions `legacy` and `2023-07` of https://www.kattis.com/problem-package-format/spec. Tests are data/sample
 (public) and data/secret (private, all groups), each a .in and a .ans. The default validator and its flags
-become a judge. A validator in one file of Python becomes a checker; in other languages, and for several of
-them, for interaction, scores, several passes or flags of single groups the package is set aside. Submissions
-count where they are one file of Python.
+become a judge. A validator in one file of Python becomes a checker, and one in C++ is kept as its sources if
+it compiles here; in other languages, and for several of them, for interaction, several passes or flags of
+single groups the package is set aside. One with scores is used where the full score takes all tests
+(`kattis_scores.py`). Submissions count where they are one file of Python.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from rlef.config import ConfigError
 from rlef.judging import CHECKER_LIMITS
-from rlef.records import Problem, text_input
+from rlef.records import Problem, Validator, text_input
 from rlef.sources.common import (
     Choices,
     Fields,
@@ -27,10 +28,12 @@ from rlef.sources.common import (
     made,
     require_tests,
 )
-from rlef_sandbox import Checker, Executor, Judge, Test, Tokens
+from rlef.sources.kattis_package import Package
+from rlef.sources.kattis_scores import require_full_score_is_all_tests
+from rlef.validators import HEADER_ENDINGS, SOURCE_ENDINGS, checker_of, why_not_built
+from rlef_sandbox import Checker, Executor, Judge, SandboxFault, Test, Tokens, Verdict
 
-MOST_YAML_BYTES = 1 << 20
-WRONG_FOLDERS = ("wrong_answer", "time_limit_exceeded", "run_time_error", "rejected")
+WRONG_FOLDERS = ("wrong_answer", "time_limit_exceeded", "run_time_error", "rejected", "partially_accepted")
 
 # The default validator where blanks count: split at each change between blanks and words.
 _SPACE_SENSITIVE = """
@@ -96,12 +99,14 @@ def problems(path: Path, choices: Choices, executor: Executor | None) -> Iterato
         yield made(str(folder), {"id": folder.name, "folder": folder}, _problem, choices, executor)
 
 
-def _problem(row: Fields, choices: Choices, _executor: Executor | None) -> Problem:
-    package = _Package(row["folder"], choices.max_test_bytes)
+def _problem(row: Fields, choices: Choices, executor: Executor | None) -> Problem:
+    package = Package(row["folder"], choices.max_test_bytes)
     settings = package.yaml("problem.yaml")
-    _require_pass_or_fail(settings)
+    is_scoring = _is_scoring(settings)
     public, private = package.tests("sample"), package.tests("secret")
     require_tests(public, private)
+    if is_scoring:
+        require_full_score_is_all_tests(package, settings)
     limits = settings.get("limits") or {}
     if not isinstance(limits, dict):
         raise UnusableProblemError(Reason.INVALID, "problem.yaml: 'limits' is no map")
@@ -121,115 +126,69 @@ def _problem(row: Fields, choices: Choices, _executor: Executor | None) -> Probl
                 : choices.solutions
             ]
         ),
-        judge=_judge(package, settings),
+        judge=_judge(package, settings, executor),
     )
 
 
-class _Package:
-    """A package's files, none of which may lie outside its folder or be larger than a test."""
-
-    def __init__(self, folder: Path, most_bytes: int) -> None:
-        self._folder = folder
-        self._root = folder.resolve()
-        self._most_bytes = most_bytes
-
-    def text(self, path: Path) -> str:
-        name = path.relative_to(self._folder)
-        if not path.resolve().is_relative_to(self._root) or not path.is_file():
-            raise UnusableProblemError(Reason.INVALID, f"{name} is no file of the package")
-        size = path.stat().st_size
-        if size > self._most_bytes:
-            raise UnusableProblemError(
-                Reason.TOO_LARGE, f"{name} has {size:,} bytes, more than {self._most_bytes:,}"
-            )
-        try:
-            return path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UnusableProblemError(Reason.UNREADABLE, f"{name} is not UTF-8 ({error.reason})") from None
-
-    def optional_text(self, name: str) -> str | None:
-        """None where there is no such file."""
-        return self.text(self._folder / name) if (self._folder / name).exists() else None
-
-    def yaml(self, name: str) -> Fields:
-        try:
-            import yaml
-        except ImportError:
-            raise ConfigError(f"{self._folder}: packages want PyYAML; pip install 'rlef[data]'") from None
-        text = self.text(self._folder / name)
-        if len(text) > MOST_YAML_BYTES:
-            raise UnusableProblemError(Reason.TOO_LARGE, f"{name} has {len(text):,} characters")
-        try:
-            settings = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            said = str(error).replace("\n", " ")[:200]
-            raise UnusableProblemError(Reason.UNREADABLE, f"{name} is not YAML ({said})") from None
-        if not isinstance(settings or {}, dict):
-            raise UnusableProblemError(Reason.INVALID, f"{name} holds no map")
-        return settings or {}
-
-    def tests(self, group: str) -> list[Test]:
-        """In the order of their names, those of groups inside included."""
-        tests = []
-        for path in sorted((self._folder / "data" / group).rglob("*.in")):
-            answer = path.with_suffix(".ans")
-            if not answer.is_file():
-                name = path.relative_to(self._folder)
-                raise UnusableProblemError(Reason.INVALID, f"{name} has no {answer.name}")
-            tests.append(Test(self.text(path), self.text(answer)))
-        return tests
-
-    def statement(self) -> str:
-        """In English, as it stands, in LaTeX or Markdown."""
-        for folder in ("problem_statement", "statement"):
-            for name in ("problem.en.md", "problem.md", "problem.en.tex", "problem.tex"):
-                if (text := self.optional_text(f"{folder}/{name}")) is not None:
-                    return text
-        raise UnusableProblemError(Reason.UNSUPPORTED, "no statement in English as LaTeX or Markdown")
-
-    def submissions(self, kind: str) -> list[str]:
-        return [self.text(path) for path in sorted((self._folder / "submissions" / kind).glob("*.py"))]
-
-    def validators(self) -> list[Path]:
-        """The programs of its output validators: files, or folders."""
-        folders = [self._folder / name for name in ("output_validators", "output_validator")]
-        entries = [entry for folder in folders if folder.is_dir() for entry in sorted(folder.iterdir())]
-        inside = [sorted(entry.iterdir()) if entry.is_dir() else [entry] for entry in entries]
-        return [path for paths in inside for path in paths if not path.name.startswith(".")]
-
-    def group_settings(self) -> Iterator[str]:
-        for name in ("testdata.yaml", "test_group.yaml"):
-            for path in sorted((self._folder / "data").rglob(name)):
-                yield str(path.relative_to(self._folder))
-
-
-def _require_pass_or_fail(settings: Fields) -> None:
+def _is_scoring(settings: Fields) -> bool:
+    """Whether it has scores. Raises UnusableProblemError where tests are not judged one by one, once each."""
     kinds = settings.get("type") or "pass-fail"
     words = kinds.split() if isinstance(kinds, str) else list(kinds) if isinstance(kinds, list) else [kinds]
     words += str(settings.get("validation") or "").split()
     if "interactive" in words:
         raise UnusableProblemError(Reason.INTERACTIVE, "problem.yaml says so")
+    if "score" in words:
+        raise UnusableProblemError(Reason.UNSUPPORTED, "problem.yaml: an output validator that gives scores")
     for kind in words:
-        if kind not in ("pass-fail", "default", "custom"):
+        if kind not in ("pass-fail", "scoring", "default", "custom"):
             raise UnusableProblemError(Reason.UNSUPPORTED, f"problem.yaml: a problem of type {kind!r}")
+    return "scoring" in words
 
 
-def _judge(package: _Package, settings: Fields) -> Judge:
+def _judge(package: Package, settings: Fields, executor: Executor | None) -> Judge | Validator:
     flags = _flags(package, settings)
     validators = package.validators()
     validation = str(settings.get("validation") or ("custom" if validators else "default"))
     if validation.split(maxsplit=1)[0] == "default":
         return _default_judge(flags)
+    if _is_one_program(validators):
+        files = {path.name: package.text(path) for path in validators}
+        validator = Validator(files=files, flags=tuple(flags))
+        _require_compiles(validator, executor)
+        return validator
     if len(validators) != 1 or validators[0].suffix != ".py":
         names = ", ".join(path.name for path in validators) or "none"
         raise UnusableProblemError(
-            Reason.UNSUPPORTED, f"output validators: {names}; one file of Python can be used"
+            Reason.UNSUPPORTED,
+            f"output validators: {names}; one in C++, or in one file of Python, can be used",
         )
     constants = f"FLAGS, VALIDATOR = {flags!r}, {package.text(validators[0])!r}\n"
     return Checker(program=constants + _VALIDATOR, limits=CHECKER_LIMITS)
 
 
-def _flags(package: _Package, settings: Fields) -> list[str]:
+def _is_one_program(validators: list[Path]) -> bool:
+    """Whether these are the C++ files of one: those of its folder, or one file that may have headers."""
+    sources = [path for path in validators if path.suffix in SOURCE_ENDINGS]
+    others = [path for path in validators if path.suffix not in SOURCE_ENDINGS + HEADER_ENDINGS]
+    folders = {path.parent for path in validators}
+    if not sources or others or len(folders) != 1:
+        return False
+    return len(sources) == 1 or sources[0].parent.name != "output_validators"
+
+
+def _require_compiles(validator: Validator, executor: Executor | None) -> None:
+    assert executor is not None
+    try:
+        (result,) = executor.build_checkers([checker_of(validator)])
+    except (ConfigError, ValueError, SandboxFault) as error:
+        raise UnusableProblemError(Reason.UNSUPPORTED, f"its output validator: {error}") from None
+    if result.verdict is not Verdict.PASSED:
+        raise UnusableProblemError(
+            Reason.UNSUPPORTED, f"its output validator does not compile: {why_not_built(result)}"
+        )
+
+
+def _flags(package: Package, settings: Fields) -> list[str]:
     """Of the output validator: those of problem.yaml, or of all tests."""
     flags = _words(settings.get("validator_flags"))
     for name in package.group_settings():
@@ -290,7 +249,7 @@ def _tolerance(flag: str, text: str) -> float:
     return tolerance
 
 
-def _time_limit(package: _Package, limits: Fields) -> float:
+def _time_limit(package: Package, limits: Fields) -> float:
     """In seconds; 0 where the package leaves it to the judge. Of `legacy`, two systems have files for it."""
     if limits.get("time_limit") is not None:
         return _number(limits, "time_limit")

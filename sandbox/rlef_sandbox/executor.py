@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 from rlef_sandbox import _core
 from rlef_sandbox.batch import Batch, must_be_of_this_process
 from rlef_sandbox.records import (
     Call,
+    Checker,
     Command,
     Job,
     Judge,
@@ -67,6 +69,8 @@ class Executor:
             raise ValueError(f"memory_cgroup is {memory_cgroup!r}: give a cgroup's folder, from the root on")
         self._limits = limits or Limits()
         self._owner = os.getpid()
+        self._built: dict[str, Mapping[str, bytes]] = {}  # outputs of the builds of checkers, by their text
+        self._building = Lock()
         self._supervisor = start_workers(
             workers,
             allow_missing=allow_missing,
@@ -122,9 +126,23 @@ class Executor:
         It may start processes, as compilers do. What it makes is in `files` of the result, as far as
         `command.outputs` names it. Raises as `run` does.
         """
-        forking = replace(command, may_fork=True)
-        [result] = self.run(forking, [Test("", "")], limits=limits or _BUILD_LIMITS, judge="any")
+        [[result]] = self.run_many([_build_job(command, limits or _BUILD_LIMITS)])
         return result
+
+    def build_checkers(self, checkers: Sequence[Checker]) -> list[Result]:
+        """Build now, side by side, what jobs with these checkers would build first.
+
+        Results are those of `build`. What could not be built is tried again by the next job that needs it.
+        Raises as `run` does, and ValueError for a checker that has nothing to build.
+        """
+        builds = [checker.build for checker in checkers if checker.build is not None]
+        if len(builds) < len(checkers):
+            raise ValueError("checkers: give those that have a build")
+        results = [result for [result] in self.run_many([_build_job(b, _BUILD_LIMITS) for b in builds])]
+        for build, result in zip(builds, results, strict=True):
+            if result.verdict is Verdict.PASSED and len(result.files) == len(build.outputs):
+                self._built[repr(build)] = result.files
+        return results
 
     async def run_async(
         self,
@@ -165,7 +183,21 @@ class Executor:
 
     def _submit(self, jobs: Sequence[Job]) -> _core.Batch:
         must_be_of_this_process(self._owner)
-        return self._supervisor.submit(jobs, self._limits)
+        return self._supervisor.submit([self._with_built_checker(job) for job in jobs], self._limits)
+
+    def _with_built_checker(self, job: Job) -> Job:
+        checker = job.judge
+        if not isinstance(checker, Checker) or checker.build is None:
+            return job
+        assert isinstance(checker.program, Command)
+        with self._building:  # threads that need the same one wait for the first
+            if repr(checker.build) not in self._built:
+                [result] = self.build_checkers([checker])
+                if repr(checker.build) not in self._built:
+                    raise SandboxFault(f"the checker cannot be built: {_ending_of_build(result)}")
+            built = self._built[repr(checker.build)]
+        program = replace(checker.program, files={**checker.program.files, **built})
+        return replace(job, judge=Checker(program=program, limits=checker.limits))
 
     def _try_out(self) -> None:
         """An honest program must run, libraries included, before any verdict of this machine counts."""
@@ -206,6 +238,16 @@ class Executor:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _build_job(command: Command, limits: Limits) -> Job:
+    return Job(replace(command, may_fork=True), [Test("", "")], limits=limits, judge="any")
+
+
+def _ending_of_build(result: Result) -> str:
+    if result.verdict is Verdict.PASSED:
+        return f"its build left {', '.join(result.files) or 'nothing'}"
+    return f"{result.verdict.value}: {result.stderr.strip()}"
 
 
 _MOST_WORKERS = 1024

@@ -229,14 +229,26 @@ class Checker:
 
     A command gets three more arguments, as programs made with testlib expect: the names of files with the
     input, the output and the expected output. It accepts with exit status 0 and rejects with 1, 2, 4 or 8.
+    With `build`, a compiler's command, the files that this names as `outputs` are among the command's own: an
+    executor builds them before the first job that needs them, once.
 
     It runs in the sandbox too, once for each test of a program that ended well, and only when all tests have
     run. A checker that raises, exceeds `limits` or answers anything else is a SandboxFault: the program that
-    it judges is not to blame.
+    it judges is not to blame, and so is one that cannot be built. Raises ValueError for a `build` without
+    outputs, or beside Python.
     """
 
     program: str | Command
     limits: Limits = Limits()
+    build: Command | None = None
+
+    def __post_init__(self) -> None:
+        if self.build is None:
+            return
+        if not isinstance(self.program, Command) or not self.build.outputs:
+            raise ValueError(
+                "build is given: let it name outputs, and program be the Command that they are for"
+            )
 
 
 Judge = Literal["code_contests", "exact", "tokens", "any"] | Tokens | Checker

@@ -366,6 +366,46 @@ def test_a_checker_that_says_that_it_failed_is_a_fault_of_ours(executor, checker
         executor.run("print(1, 2)", [Test("-3\n", "")], judge=checker)
 
 
+def test_a_checker_is_built_once_before_the_first_job_that_needs_it(executor):
+    script = f'#!{SHELL}\nread limit < limit.txt; read said < "$2"; test "$said" -le "$limit"\n'
+    build = Command([SHELL, "-c", "cp source checker"], files={"source": script}, outputs=["checker"])
+    programs = []
+    for limit in ("3", "4"):
+        program = Command(["./checker"], files={"limit.txt": limit})
+        judge = Checker(program=program, build=build, limits=Limits(cpu_s=2.0))
+        executor.take_tally()
+        [three, four] = executor.run("print(input())", [Test("3", ""), Test("4", "")], judge=judge)
+        assert (three.verdict, four.verdict is Verdict.PASSED) == (Verdict.PASSED, limit == "4")
+        programs.append(executor.take_tally().programs)
+
+    assert programs[0] - programs[1] == 1
+
+
+def test_checkers_can_be_built_ahead_and_one_that_cannot_is_a_fault_of_ours(executor):
+    builds = {"passed": "echo > checker", "exception": "echo broken >&2; exit 1"}
+    judges = [
+        Checker(program=Command(["./checker"]), build=shell(script, outputs=["checker"]))
+        for script in builds.values()
+    ]
+
+    assert [result.verdict.value for result in executor.build_checkers(judges)] == list(builds)
+    with pytest.raises(SandboxFault, match="the checker cannot be built: exception: broken"):
+        executor.run("print(1)", [Test("", "")], judge=judges[1])
+    with pytest.raises(ValueError, match="checkers: give those that have a build"):
+        executor.build_checkers([Checker(program=Command(["./checker"]))])
+    nothing = Checker(program=Command(["./checker"]), build=shell("true", outputs=["checker"]))
+    with pytest.raises(SandboxFault, match="the checker cannot be built: its build left nothing"):
+        executor.run("print(1)", [Test("", "")], judge=nothing)
+
+
+@pytest.mark.parametrize(
+    ("program", "outputs"), [("def check(*texts): return True", ["checker"]), (Command(["./checker"]), [])]
+)
+def test_a_build_that_is_for_nothing_is_refused(program, outputs):
+    with pytest.raises(ValueError, match="build is given: let it name outputs, and program be the Command"):
+        Checker(program=program, build=Command(["/bin/cc"], outputs=outputs))
+
+
 # ---- machines, and mistakes
 
 

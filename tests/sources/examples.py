@@ -285,6 +285,20 @@ except ValueError:
 assert "strict" in sys.argv[4:]
 sys.exit(42 if first >= 0 and second >= 0 and first + second == total else 43)
 """
+_CPP_VALIDATOR = r"""#include "validate.h"
+#include <cstring>
+
+// accepts any two numbers whose sum is that of the input; flags as the package gives them
+int main(int argc, char** argv) {
+    std::ifstream question(argv[1]), answer(argv[2]);
+    std::ofstream message(argv[3] + std::string("judgemessage.txt"));
+    long total, first, second, known;
+    question >> total;
+    if (!(answer >> known) || !(message << "read" << std::flush)) return 1;
+    if (argc != 6 || std::strcmp(argv[4], "strict") || std::strcmp(argv[5], "it's $HOME")) return 1;
+    return std::cin >> first >> second && first + second == total ? YES : NO;
+}
+"""
 KATTIS_FILES: dict[str, dict[str, str]] = {
     "double": {  # the default validator; CRLF and a missing last line end
         "problem.yaml": "name: Double\nlicense: cc0\n",
@@ -343,6 +357,42 @@ KATTIS_FILES: dict[str, dict[str, str]] = {
         "submissions/wrong_answer/negative.py": "print(int(input()) + 1, -1)",
         "submissions/wrong_answer/words.py": "print('five', 'zero')",
         "submissions/rejected/nothing.py": "input()",
+    },
+    "terms": {  # a validator in C++, in a folder with its header
+        "problem.yaml": 'validation: custom\nvalidator_flags: strict "it\'s $HOME"\n',
+        "problem_statement/problem.en.tex": "Print two numbers with this sum.\n",
+        "output_validators/check/validate.cc": _CPP_VALIDATOR,
+        "output_validators/check/validate.h": "#include <fstream>\n#include <iostream>\n"
+        "enum { YES = 42, NO = 43 };\n",
+        "output_validators/check/.gitignore": "a.out\n",
+        "data/sample/a.in": "5\n",
+        "data/sample/a.ans": "5 0\n",
+        "data/secret/b.in": "9\n",
+        "data/secret/b.ans": "9 0\n",
+        "submissions/accepted/first.py": "print(int(input()), 0)",
+        "submissions/accepted/lines.py": "n = int(input())\nprint(n + 1)\nprint(-1)",
+        "submissions/wrong_answer/one.py": "print(int(input()))",
+        "submissions/wrong_answer/words.py": "print('five', 'zero')",
+    },
+    "triple": {  # scores, which are full where all tests pass
+        "problem.yaml": "type: scoring\ngrading: {show_test_data_groups: true}\n",
+        "problem_statement/problem.en.tex": "Print $3n$.\n",
+        "data/testdata.yaml": "on_reject: continue\nrange: 0 100\ngrader_flags: ignore_sample\n",
+        "data/sample/testdata.yaml": "range: 0 0\naccept_score: 0\ngrader_flags: first_error\n",
+        "data/sample/a.in": "1\n",
+        "data/sample/a.ans": "3\n",
+        "data/secret/testdata.yaml": "grader_flags: first_error accept_if_any_accepted\n",
+        "data/secret/g1/testdata.yaml": "accept_score: 40\nrange: 0 40\ngrader_flags: min\n",
+        "data/secret/g1/a.in": "2\n",
+        "data/secret/g1/a.ans": "6\n",
+        "data/secret/g2/testdata.yaml": "accept_score: 60\nrange: 0 60\ngrader_flags: min\n",
+        "data/secret/g2/a.in": "10\n",
+        "data/secret/g2/a.ans": "30\n",
+        "data/secret/g2/b.in": "11\n",
+        "data/secret/g2/b.ans": "33\n",
+        "submissions/accepted/main.py": "print(3 * int(input()))",
+        "submissions/partially_accepted/small.py": "print(int(input()) * 3 % 33)",
+        "submissions/wrong_answer/double.py": "print(2 * int(input()))",
     },
 }
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from rlef.cli import main
 from rlef.config import ConfigError, ExecutorConfig
 from rlef.problems import read_jsonl
-from rlef.sources.convert import FORMATS, RUNS_REFERENCES, convert
+from rlef.sources.convert import FORMATS, USES_SANDBOX, convert
 from rlef_sandbox import Executor
 from tests.small_runs import read_lines, run_here
 from tests.sources import examples
@@ -51,7 +51,7 @@ def test_every_format_gives_problems_whose_own_solutions_pass(tmp_path: Path) ->
                 [published(folder, name)],
                 tmp_path / f"{name}.jsonl",
                 choices=examples.choices(),
-                executor=executor if name in RUNS_REFERENCES else None,
+                executor=executor if name in USES_SANDBOX else None,
             )
             assert (made.written > 0, made.set_aside) == (True, []), name
             assert (

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from rlef import validators
 from rlef.config import ConfigError
 from rlef.problem_check import check_problems
-from rlef.records import Problem
+from rlef.records import Problem, Validator
 from rlef.sources.common import Found, Reason, SetAside
 from rlef_sandbox import Executor, Test, Tokens
 from tests.sources import examples
@@ -30,11 +31,12 @@ def set_aside(folder: Path, **changes: int) -> SetAside:
 def test_every_verdict_is_as_labelled(tmp_path: Path, executor: Executor) -> None:
     for name in examples.KATTIS_FILES:
         examples.kattis(tmp_path, name)
-    problems = [found.problem for found in examples.read("kattis", tmp_path) if isinstance(found, Found)]
+    found = examples.read("kattis", tmp_path, executor)
+    problems = [each.problem for each in found if isinstance(each, Found)]
     checks = list(check_problems(problems, executor, runs=1, solutions=9))
-    assert [check.id for check in checks] == ["double", "parts", "table", "third"]
-    assert [check.solutions for check in checks] == [2, 2, 1, 2]
-    assert [check.incorrect_solutions for check in checks] == [4, 3, 3, 2]
+    assert [check.id for check in checks] == ["double", "parts", "table", "terms", "third", "triple"]
+    assert [check.solutions for check in checks] == [2, 2, 1, 2, 2, 1]
+    assert [check.incorrect_solutions for check in checks] == [4, 3, 3, 2, 2, 2]
     assert all(check.is_sound for check in checks), checks
 
 
@@ -78,9 +80,10 @@ def test_flags_of_the_default_validator_are_a_judge(tmp_path: Path, flags: str, 
         ({"data/secret/1.ans": None}, Reason.INVALID, "1.in has no 1.ans"),
         ({"problem.yaml": "validation: custom interactive\n"}, Reason.INTERACTIVE, ""),
         ({"problem.yaml": "type: [pass-fail, interactive]\n"}, Reason.INTERACTIVE, ""),
-        ({"problem.yaml": "type: scoring\n"}, Reason.UNSUPPORTED, "'scoring'"),
+        ({"problem.yaml": "type: [pass-fail, multi-pass]\n"}, Reason.UNSUPPORTED, "'multi-pass'"),
+        ({"problem.yaml": "type: scoring\nvalidation: custom score\n"}, Reason.UNSUPPORTED, "gives scores"),
         ({"problem.yaml": "validation: custom\n"}, Reason.UNSUPPORTED, "output validators: none"),
-        ({"output_validators/check.cpp": "int main() {}"}, Reason.UNSUPPORTED, "check.cpp"),
+        ({"output_validators/Check.java": "class Check {}"}, Reason.UNSUPPORTED, "Check.java"),
         ({"problem.yaml": "validator_flags: fuzzy\n"}, Reason.INVALID, "no flag 'fuzzy'"),
         ({"problem.yaml": "validator_flags: float_tolerance x\n"}, Reason.INVALID, "'x' is no tolerance"),
         ({"problem.yaml": "limits: {time_limit: -1}\n"}, Reason.INVALID, "time_limit is -1"),
@@ -102,6 +105,54 @@ def test_a_package_that_cannot_be_used_is_set_aside(
     outcome = set_aside(examples.kattis(tmp_path, "double", **changes))
     assert (outcome.reason, outcome.id) == (reason, "double")
     assert said in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"check/build": "#!/bin/sh\n"}, "output validators: build, validate.cc, validate.h; one in C++"),
+        ({"check/helper.py": ""}, "helper.py"),
+        ({"check/more/deep.h": ""}, "more"),
+        ({"other/validate.cc": "int main() {}\n"}, "validate.cc, validate.h, validate.cc"),
+        ({"check/validate.cc": None}, "output validators: validate.h"),
+        ({"check/validate.cc": '#include "validate.hpp"\n'}, "validate.hpp: No such file"),
+        ({"check/validate.cc": '#include "/etc/passwd"\n'}, "/etc/passwd: No such file"),
+        (
+            {"check/validate.cc": "template <int n> int f() { return f<n + 1>(); }\nint main() { f<0>(); }"},
+            "depth",
+        ),
+    ],
+)
+def test_validators_that_are_no_one_program_in_cpp_or_do_not_compile_are_set_aside(
+    tmp_path: Path, executor: Executor, changes: dict[str, str | None], said: str
+) -> None:
+    files = {f"output_validators/{path}": text for path, text in changes.items()}
+    (outcome,) = examples.read("kattis", examples.kattis(tmp_path, "terms", **files), executor)
+    assert isinstance(outcome, SetAside)
+    assert outcome.reason is Reason.UNSUPPORTED
+    assert said in outcome.detail
+
+
+def test_without_a_compiler_a_validator_in_cpp_is_set_aside_with_the_mend(
+    tmp_path: Path, executor: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validators, "_SEEN_IN_SANDBOX", str(tmp_path))
+    (outcome,) = examples.read("kattis", examples.kattis(tmp_path, "terms"), executor)
+    assert isinstance(outcome, SetAside)
+    assert "apt-get install g++" in outcome.detail
+
+
+def test_a_validator_in_cpp_is_kept_as_its_sources_and_flags(tmp_path: Path, executor: Executor) -> None:
+    flat = {"output_validators/check/validate.cc": None, "output_validators/check/validate.h": None}
+    flat["output_validators/check.cpp"] = "int main() { return 43; }\n"
+    package = examples.kattis(tmp_path, "terms", **flat)
+    (package / "output_validators/check/.gitignore").unlink()
+    (package / "output_validators/check").rmdir()
+    (outcome,) = examples.read("kattis", package, executor)
+    assert isinstance(outcome, Found)
+    assert outcome.problem.judge == Validator(
+        files={"check.cpp": "int main() { return 43; }\n"}, flags=("strict", "it's $HOME")
+    )
 
 
 def test_a_link_out_of_the_package_is_not_followed(tmp_path: Path) -> None:

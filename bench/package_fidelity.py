@@ -39,7 +39,7 @@ PATIENCE_S = 60.0  # for accepted submissions of a package that states no limit
 PATIENCE_WITH_CPYTHON_S = 10.0  # it may take a hundred times as long as PyPy
 # The format leaves memory to the judge; problemtools has 2 GiB.
 DEFAULTS = ExecutorConfig(default_time_limit_s=PATIENCE_S, default_memory_limit_bytes=2 << 30)
-STACK_BYTES = 256 << 20
+STACK_BYTES = DEFAULTS.default_memory_limit_bytes  # as much as there is memory, as on Kattis
 LANGUAGES = {".py": "Python", ".cc": "C++", ".cpp": "C++"}
 KINDS = {
     "accepted": {Verdict.PASSED},

@@ -40,6 +40,7 @@ def checker_of(validator: Validator) -> Checker:
             ["/bin/sh", "-c", _CALL % shlex.join(validator.flags), "sh"],
             files={"feedback/empty": ""},
             may_fork=True,
+            stack_bytes=VALIDATOR_LIMITS.memory_bytes,  # graphs are walked by recursion
         ),
         limits=VALIDATOR_LIMITS,
         build=Command(

@@ -26,11 +26,18 @@ FILES = {
     "validate.cc": r"""
 #include "say.h"
 
+long deep(long calls) {
+    volatile long here[16];
+    here[calls % 16] = calls;
+    return calls == 0 ? 0 : deep(calls - 1) + here[calls % 16];
+}
+
 int main(int argc, char** argv) {
     const std::string flag = argc > 4 ? argv[4] : "";
     for (volatile long turns = 0; flag == "loop"; turns = turns + 1) {}
     while (flag == "fork") fork();
     if (flag == "crash") std::abort();
+    if (flag == "deep") return deep(1'000'000) > 0 ? 42 : 43;
     if (flag == "zero") return 0;
     if (flag == "seven") return 7;
     std::ifstream question(argv[1]), answer(argv[2]);
@@ -85,6 +92,11 @@ def test_a_validator_of_several_files_says_yes_and_no(executor: SparingExecutor)
 def test_flags_reach_the_validator_as_they_are(executor: SparingExecutor) -> None:
     assert verdicts(executor, job(ADD, "--", 'it\'s "$HOME" * ')) == [["passed"] * 2]
     assert verdicts(executor, job(ADD, "--", "its $HOME")) == [["wrong_output"] * 2]
+
+
+def test_a_validator_may_recurse_as_deep_as_its_memory_allows(executor: SparingExecutor) -> None:
+    """As those of trees and graphs do, on systems without a limit of the stack."""
+    assert verdicts(executor, job(ADD, "deep")) == [["passed"] * 2]
 
 
 @pytest.mark.parametrize("flag", ["crash", "zero", "seven"])

@@ -39,8 +39,8 @@ Part = Literal["train", "eval"]
 MAX_TESTS_PER_PROBLEM_BYTES = 16  # times `problems.max_test_bytes`: the longest line that is read
 MAX_TIME_LIMIT_S = 3600.0
 MIN_MEMORY_LIMIT_BYTES, MAX_MEMORY_LIMIT_BYTES = 1 << 20, 1 << 40
-MAX_LITERAL_CHARACTERS = 1 << 20  # reading one takes a hundred times its memory
 
+_MAX_LITERAL_CHARACTERS = 1 << 20  # reading one takes a hundred times its memory
 _EMBEDDED_PREFIX = "hidden_conventions:"
 
 
@@ -459,10 +459,10 @@ def _require_usable(test: ProblemTest, place: str, name: str, max_test_bytes: in
             f"{place}: field '{name}': {size:,} bytes, and problems.max_test_bytes = {max_test_bytes:,}; "
             "raise it or take the test out"
         )
-    if isinstance(test, Expression) and not _is_literal(test.expected):
+    if isinstance(test, Expression) and not is_literal(test.expected):
         raise ConfigError(
             f"{place}: field '{name}.expected': not a literal of Python of at most "
-            f"{MAX_LITERAL_CHARACTERS:,} characters; write a value such as (1, 'a')"
+            f"{_MAX_LITERAL_CHARACTERS:,} characters; write a value such as (1, 'a')"
         )
     if isinstance(test, Assertion) and not test.code.strip():
         raise ConfigError(
@@ -470,8 +470,9 @@ def _require_usable(test: ProblemTest, place: str, name: str, max_test_bytes: in
         )
 
 
-def _is_literal(text: str) -> bool:
-    if len(text) > MAX_LITERAL_CHARACTERS:
+def is_literal(text: str) -> bool:
+    """Whether Python reads it as a value, which it does not with whole numbers of more than 4,300 digits."""
+    if len(text) > _MAX_LITERAL_CHARACTERS:
         return False
     try:
         ast.literal_eval(text)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rlef.judging import job_of
-from rlef.problems import MAX_LITERAL_CHARACTERS
+from rlef.problems import is_literal
 from rlef.records import Expression, Problem
 from rlef.sources.common import Choices, Reason, UnusableProblemError, read_json
 from rlef_sandbox import Executor, Result, Verdict
@@ -19,7 +19,8 @@ def values_of(
     limits.
 
     Raises:
-        UnusableProblemError: one of them raises, exceeds a limit, or has a value that is too large.
+        UnusableProblemError: one of them raises, exceeds a limit, or has a value that is too large or no
+            literal.
     """
     values = []
     for value in _outcomes(problem, program, expressions, choices, executor):
@@ -32,7 +33,8 @@ def values_of(
 def values_within_limits(
     problem: Problem, program: str, expressions: Sequence[str], choices: Choices, executor: Executor
 ) -> list[str | None]:
-    """As `values_of`, but None for an expression that exceeds a limit or has a value that is too large."""
+    """As `values_of`, but None for an expression that exceeds a limit or has a value that is too large, or
+    no literal."""
     outcomes = _outcomes(problem, program, expressions, choices, executor)
     return [None if isinstance(value, _Exceeded) else value for value in outcomes]
 
@@ -63,8 +65,10 @@ def _outcomes(
         value = read_json(result.stdout)
         if not isinstance(value, str):
             raise UnusableProblemError(Reason.REFERENCE_FAILS, f"on input {index}: it prints over its value")
-        if len(value) > MAX_LITERAL_CHARACTERS:
-            yield _Exceeded(_failed(index, result, f"a value of {len(value):,} characters"))
+        if not is_literal(value):
+            yield _Exceeded(
+                _failed(index, result, f"no literal, or one too large: {len(value):,} characters")
+            )
             continue
         yield value
 

@@ -165,7 +165,8 @@ def test_a_root_is_judged_by_the_value_of_the_polynomial(tmp_path: Path, executo
 def test_an_input_on_which_the_reference_exceeds_a_limit_is_left_out_and_the_problem_flagged(
     tmp_path: Path, executor: Executor
 ) -> None:
-    """One value has more characters than a literal may, one more than is kept, one takes for ever."""
+    """Of the values one is longer than a literal may be, one than what is kept, one takes for ever, and one
+    has more digits than Python reads."""
     row = mbpp(
         "f", "return 'x' * given[0] if given[0] > 0 else sum(iter(int, 1))", [1], [1 << 21], [9**9], [0]
     )

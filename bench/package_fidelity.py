@@ -91,10 +91,9 @@ def main() -> None:
     arguments = parser.parse_args()
     judged, not_compiled = list[Judged](), list[str]()
     with tempfile.TemporaryDirectory() as folder, Executor() as executor:
-        problems, conversion = converted(arguments.folder, Path(folder), executor)
+        packages = [arguments.folder / name for name in arguments.only or [""]]
+        problems, conversion = converted(packages, Path(folder), executor)
         for problem in problems:
-            if arguments.only and problem.id not in arguments.only:
-                continue
             package = arguments.folder / problem.id
             for each in judgements(problem, package, executor, arguments.pypy, not_compiled):
                 judged.append(each)
@@ -103,7 +102,7 @@ def main() -> None:
     print(json.dumps(report(judged, not_compiled, conversion)))
 
 
-def converted(packages: Path, folder: Path, executor: Executor) -> tuple[list[Problem], Conversion]:
+def converted(packages: Sequence[Path], folder: Path, executor: Executor) -> tuple[list[Problem], Conversion]:
     """The problems; those that state no time limit have `PATIENCE_S`."""
     choices = Choices(
         defaults=DEFAULTS,
@@ -113,7 +112,7 @@ def converted(packages: Path, folder: Path, executor: Executor) -> tuple[list[Pr
         solutions=0,
     )
     output = folder / "problems.jsonl"
-    conversion = convert("kattis", [packages], output, choices=choices, executor=executor)
+    conversion = convert("kattis", packages, output, choices=choices, executor=executor)
     return list(read_jsonl(output, defaults=DEFAULTS)), conversion
 
 

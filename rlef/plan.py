@@ -12,7 +12,7 @@ import math
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rlef.config import ConfigError, RolloutConfig
@@ -53,7 +53,7 @@ TRAINER = Abilities(
     split_sampler=False,
     split_colocated_sampler=False,
 )
-EVERYTHING = replace(TRAINER, paged_sampler=True, split_sampler=True, split_colocated_sampler=True)
+EVERYTHING = Abilities(**{field.name: True for field in fields(Abilities)})
 
 
 def trainer_with(rollout: RolloutConfig) -> Abilities:

@@ -28,7 +28,7 @@ from rlef.sources.common import (
     made,
     require_tests,
 )
-from rlef.sources.kattis_package import Package
+from rlef.sources.kattis_package import Package, number_of
 from rlef.sources.kattis_scores import require_full_score_is_all_tests
 from rlef.validators import HEADER_ENDINGS, SOURCE_ENDINGS, checker_of, why_not_built
 from rlef_sandbox import Checker, Executor, Judge, SandboxFault, Test, Tokens, Verdict
@@ -240,10 +240,7 @@ def _default_judge(flags: list[str]) -> Judge:
 
 
 def _tolerance(flag: str, text: str) -> float:
-    try:
-        tolerance = float(text)
-    except ValueError:
-        tolerance = -1.0
+    tolerance = number_of(text)
     if not 0 <= tolerance < float("inf"):
         raise UnusableProblemError(Reason.INVALID, f"{flag} {text!r} is no tolerance")
     return tolerance
@@ -266,10 +263,7 @@ def _number(fields: Fields, name: str) -> float:
     value = fields.get(name)
     if value is None:
         return 0.0
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
+    number = number_of(value)
     if not 0 <= number < float("inf"):
         raise UnusableProblemError(Reason.INVALID, f"{name} is {value!r}, not a number from 0")
     return number

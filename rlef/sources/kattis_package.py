@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rlef.config import ConfigError
 from rlef.sources.common import Fields, Reason, UnusableProblemError
@@ -88,3 +90,11 @@ class Package:
         for name in ("testdata.yaml", "test_group.yaml"):
             for path in sorted((self.folder / "data").rglob(name)):
                 yield str(path.relative_to(self.folder))
+
+
+def number_of(value: Any) -> float:
+    """NaN, which is in no range, where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

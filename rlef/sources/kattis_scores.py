@@ -9,12 +9,12 @@ pass whatever points they give.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, isclose
+from math import inf, isclose, isnan
 from pathlib import Path
 from typing import Any
 
 from rlef.sources.common import Fields, Reason, UnusableProblemError
-from rlef.sources.kattis_package import Package
+from rlef.sources.kattis_package import Package, number_of
 
 _DEFAULTS: Fields = {
     "on_reject": "break",
@@ -159,11 +159,8 @@ def _require_default_grading(package: Package, settings: Fields) -> None:
 
 
 def _number(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if number != number:
+    number = number_of(value)
+    if isnan(number):
         raise UnusableProblemError(Reason.INVALID, f"{name} {value!r} is no number")
     return number
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from rlef.judging import job_of
 from rlef.problems import is_literal
@@ -24,8 +24,8 @@ def values_of(
     """
     values = []
     for value in _outcomes(problem, program, expressions, choices, executor):
-        if isinstance(value, _Exceeded):
-            raise value.error
+        if isinstance(value, UnusableProblemError):
+            raise value
         values.append(value)
     return values
 
@@ -36,14 +36,7 @@ def values_within_limits(
     """As `values_of`, but None for an expression that exceeds a limit or has a value that is too large, or
     no literal."""
     outcomes = _outcomes(problem, program, expressions, choices, executor)
-    return [None if isinstance(value, _Exceeded) else value for value in outcomes]
-
-
-@dataclass(frozen=True, slots=True)
-class _Exceeded:
-    """A value that is not to be had within the limits."""
-
-    error: UnusableProblemError
+    return [None if isinstance(value, UnusableProblemError) else value for value in outcomes]
 
 
 _LIMITS = {Verdict.TIMEOUT, Verdict.OUT_OF_MEMORY, Verdict.OUTPUT_LIMIT}
@@ -51,26 +44,23 @@ _LIMITS = {Verdict.TIMEOUT, Verdict.OUT_OF_MEMORY, Verdict.OUTPUT_LIMIT}
 
 def _outcomes(
     problem: Problem, program: str, expressions: Sequence[str], choices: Choices, executor: Executor
-) -> Iterator[str | _Exceeded]:
+) -> Iterator[str | UnusableProblemError]:
+    """The error where a value is not to be had within the limits. Raises it where the program is at fault."""
     job = job_of(problem, program, [Expression(expression, "None") for expression in expressions])
     assert job.limits is not None
     limits = replace(job.limits, kept_output_bytes=choices.max_test_bytes)
     (results,) = executor.run_many([replace(job, judge="any", limits=limits)])
     for index, result in enumerate(results):
         if result.verdict in _LIMITS or result.stdout_truncated:
-            yield _Exceeded(_failed(index, result, "too much to keep"))
+            yield _failed(index, result, "too much to keep")
             continue
         if result.verdict is not Verdict.PASSED:
             raise _failed(index, result)
         value = read_json(result.stdout)
         if not isinstance(value, str):
             raise UnusableProblemError(Reason.REFERENCE_FAILS, f"on input {index}: it prints over its value")
-        if not is_literal(value):
-            yield _Exceeded(
-                _failed(index, result, f"no literal, or one too large: {len(value):,} characters")
-            )
-            continue
-        yield value
+        too_large = f"no literal, or one too large: {len(value):,} characters"
+        yield value if is_literal(value) else _failed(index, result, too_large)
 
 
 def _failed(index: int, result: Result, what_passed: str = "") -> UnusableProblemError:

@@ -190,12 +190,13 @@ class Executor:
         if not isinstance(checker, Checker) or checker.build is None:
             return job
         assert isinstance(checker.program, Command)
+        key = repr(checker.build)
         with self._building:  # threads that need the same one wait for the first
-            if repr(checker.build) not in self._built:
+            if key not in self._built:
                 [result] = self.build_checkers([checker])
-                if repr(checker.build) not in self._built:
+                if key not in self._built:
                     raise SandboxFault(f"the checker cannot be built: {_ending_of_build(result)}")
-            built = self._built[repr(checker.build)]
+            built = self._built[key]
         program = replace(checker.program, files={**checker.program.files, **built})
         return replace(job, judge=Checker(program=program, limits=checker.limits))
 
